@@ -1,0 +1,166 @@
+"""Ratings and what they imply: win probabilities, rating uncertainty, and which rating belongs to which policy model.
+
+Source: METHOD.md sections 1 and 6. Ratings are Elo points on the Arena's scale. The anchor of a board moves between
+dates, so only differences within one snapshot mean anything; every function here uses differences only.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from charm_core.errors import RatingsError
+from charm_core.tables import RATINGS, validate
+
+ELO_POINTS_PER_LOGIT = 400.0 / math.log(10.0)
+"""A difference of one natural logit of win probability, in Elo points (about 173.7)."""
+
+_INTERVAL_Z = 1.959963984540054
+_NEAREST_SHOWN = 5
+
+
+class Alias(BaseModel):
+    """How a policy model is called on the Arena's board."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy_model: str = Field(description="Name in the responses or scores.")
+    arena_name: str = Field(description="Name on the board.")
+    match: Literal["exact", "near"] = Field(description="Whether it is the same model or a stand-in for it.")
+    reason: str = Field(description="Why the two belong together; for a near match, how they differ.")
+
+
+def win_probability(rating: ArrayLike, other: ArrayLike) -> NDArray[np.float64]:
+    """Probability that people prefer the model rated ``rating`` to the one rated ``other``.
+
+    Args:
+        rating: Elo points, any shape.
+        other: Elo points, broadcast against ``rating``.
+
+    Returns:
+        ``1 / (1 + 10 ** ((other - rating) / 400))``, ties counted as half a win. METHOD.md section 1.
+    """
+    difference = np.asarray(rating, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    # the half-angle form neither overflows nor loses P + (1 - P) = 1 for large differences
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * difference / ELO_POINTS_PER_LOGIT)))
+
+
+def win_probability_matrix(ratings: ArrayLike) -> NDArray[np.float64]:
+    """Win probabilities of all ordered pairs.
+
+    Args:
+        ratings: Elo points, shape ``(..., K)``.
+
+    Returns:
+        Shape ``(..., K, K)``; entry ``[j, k]`` is the probability that j is preferred to k, the diagonal is 0.5.
+    """
+    values = np.asarray(ratings, dtype=np.float64)
+    return win_probability(values[..., :, None], values[..., None, :])
+
+
+def rating_standard_errors(ratings: pl.DataFrame) -> NDArray[np.float64]:
+    """Standard error of each rating in Elo points, from its 95 % interval; 0 where the board gives none.
+
+    Args:
+        ratings: A RATINGS frame.
+
+    Returns:
+        Shape ``(K,)`` in the frame's order.
+    """
+    width = (ratings.get_column("rating_high") - ratings.get_column("rating_low")).fill_null(0.0).to_numpy()
+    return np.asarray(width / (2.0 * _INTERVAL_Z), dtype=np.float64)
+
+
+def select_ratings(ratings: pl.DataFrame, policy_models: Sequence[str]) -> pl.DataFrame:
+    """Rows of a RATINGS frame for the given policy models, in their order.
+
+    Raises:
+        RatingsError: A policy model is not on the board (the nearest names are listed; nothing is matched by likeness),
+            or an interval is upside down.
+    """
+    board = validate(ratings, RATINGS)
+    upside_down = board.filter(
+        (pl.col("rating_low") > pl.col("rating") + 0.5) | (pl.col("rating_high") < pl.col("rating") - 0.5)
+    )
+    if not upside_down.is_empty():
+        raise RatingsError(
+            f"the interval of {upside_down['policy_model'][0]!r} does not contain its rating: "
+            f"{upside_down.row(0, named=True)}; check the board's columns"
+        )
+    names = board.get_column("policy_model").to_list()
+    unknown = [model for model in policy_models if model not in set(names)]
+    if unknown:
+        raise RatingsError("; ".join(_not_rated(model, names) for model in unknown))
+    order = pl.DataFrame({"policy_model": list(policy_models)}, schema={"policy_model": pl.String})
+    return order.join(board, on="policy_model", how="left", maintain_order="left")
+
+
+def resolve_aliases(
+    ratings: pl.DataFrame, policy_models: Sequence[str], aliases: Sequence[Alias], *, accept_near: Sequence[str] = ()
+) -> tuple[pl.DataFrame, tuple[Alias, ...]]:
+    """Ratings under the names that the responses use.
+
+    A policy model whose own name is on the board needs no alias. Everything else needs an entry in the reviewed alias
+    table, and a near match needs the user's consent besides.
+
+    Args:
+        ratings: A RATINGS frame with the board's names.
+        policy_models: Names in the responses or scores.
+        aliases: The reviewed table; names that no policy model uses are ignored.
+        accept_near: Policy models whose near match the user accepts.
+
+    Returns:
+        A RATINGS frame keyed by policy-model name, in sorted order, and the aliases that were applied.
+
+    Raises:
+        RatingsError: An unknown or ambiguous name, or a near match without consent.
+    """
+    table = _alias_table(aliases)
+    names = ratings.get_column("policy_model").to_list()
+    applied: list[Alias] = []
+    problems: list[str] = []
+    arena_names: list[str] = []
+    for model in policy_models:
+        alias = table.get(model)
+        if alias is None:
+            arena_names.append(model)
+            if model not in set(names):
+                problems.append(_not_rated(model, names))
+            continue
+        if alias.match == "near" and model not in accept_near:
+            problems.append(
+                f"{model!r} is only nearly {alias.arena_name!r} ({alias.reason}); "
+                f"add it to arena.accept_near to use that rating"
+            )
+        if alias.arena_name not in set(names):
+            problems.append(_not_rated(alias.arena_name, names))
+        arena_names.append(alias.arena_name)
+        applied.append(alias)
+    if problems:
+        raise RatingsError("; ".join(problems))
+    chosen = select_ratings(ratings, arena_names).with_columns(pl.Series("policy_model", list(policy_models), pl.String))
+    return validate(chosen, RATINGS), tuple(applied)
+
+
+def _alias_table(aliases: Sequence[Alias]) -> Mapping[str, Alias]:
+    table: dict[str, Alias] = {}
+    for alias in aliases:
+        other = table.setdefault(alias.policy_model, alias)
+        if other.arena_name != alias.arena_name:
+            raise RatingsError(
+                f"the alias table maps {alias.policy_model!r} to both {other.arena_name!r} and {alias.arena_name!r}; "
+                f"keep one"
+            )
+    return table
+
+
+def _not_rated(model: str, names: Sequence[str]) -> str:
+    folded = {name.casefold(): name for name in names}
+    nearest = difflib.get_close_matches(model.casefold(), list(folded), n=_NEAREST_SHOWN, cutoff=0.5)
+    hint = f"nearest names: {', '.join(folded[name] for name in nearest)}" if nearest else "no similar name"
+    return f"policy model {model!r} has no rating on this board ({hint}); correct the name or add a reviewed alias"

@@ -1,0 +1,297 @@
+"""MLflow: the only module that imports it, and late, because the import alone takes seconds.
+
+One MLflow run per flow run, opened and closed by ``tracked_run``, so that its status is right after success, failure and
+Ctrl-C. Every call names its run: no process-wide "active run" that a thread or a child process could inherit. Metrics
+are logged by flows from returned values, so that they are there on a fully cached run too.
+"""
+
+import contextlib
+import logging
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import httpx
+import polars as pl
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+
+from charm_core.errors import ServiceError
+from tasks.store import ArtifactRef
+
+logger = logging.getLogger(__name__)
+
+_PARAM_BATCH = 100
+_METRIC_BATCH = 1000
+_PARAM_LENGTH = 6000
+_PROCESS_TAG = "charm.process"
+_RECORDED_PACKAGES = ("charm-rm", "torch", "transformers", "deepspeed", "polars", "numpy", "scipy", "prefect", "mlflow")
+
+
+class TrackingSettings(BaseModel):
+    """Where runs are remembered."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str = Field(description="MLflow tracking URI, for example 'sqlite:////data/charm/mlflow.db' or a server's URL.")
+    artifact_location: str | None = Field(
+        default=None, description="Folder or URL for artifacts of a new experiment; the server's choice if not given."
+    )
+    experiment: str = Field(default="charm", description="MLflow experiment.")
+    ui_url: str = Field(default="http://127.0.0.1:5000", description="Where people open the MLflow pages.")
+
+
+class TrackedRun:
+    """One MLflow run that is open."""
+
+    def __init__(self, client: Any, run_id: str, experiment_id: str, settings: TrackingSettings) -> None:
+        self._client = client
+        self.run_id = run_id
+        self.experiment_id = experiment_id
+        self._settings = settings
+
+    @property
+    def url(self) -> str:
+        """Page of this run."""
+        base = self._settings.uri if self._settings.uri.startswith("http") else self._settings.ui_url
+        return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log a nested configuration, flattened to dotted names."""
+        from mlflow.entities import Param
+
+        flat = [Param(name, str(value)[:_PARAM_LENGTH]) for name, value in _flatten(params)]
+        for start in range(0, len(flat), _PARAM_BATCH):
+            self._client.log_batch(self.run_id, params=flat[start : start + _PARAM_BATCH])
+
+    def log_metrics(self, metrics: Mapping[str, float | None], *, step: int = 0) -> None:
+        """Log metrics in one request; ``None`` (not defined for this run) is left out."""
+        self.log_curve([{"step": step, **metrics}])
+
+    def log_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log many steps at once; each row has ``step`` and metrics by name."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [
+            Metric(name, float(value), now, int(row["step"]))
+            for row in rows
+            for name, value in row.items()
+            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+        ]
+        for start in range(0, len(points), _METRIC_BATCH):
+            self._client.log_batch(self.run_id, metrics=points[start : start + _METRIC_BATCH])
+
+    def log_text(self, text: str, name: str) -> None:
+        """Log a text file as an artifact of the run."""
+        self._client.log_text(self.run_id, text, name)
+
+    def log_table(self, frame: pl.DataFrame, name: str) -> None:
+        """Log a small table as JSON that MLflow's pages show as a table."""
+        self._client.log_table(self.run_id, frame.to_dict(as_series=False), name)
+
+    def log_folder(self, folder: Path, name: str) -> str:
+        """Log a folder (a model) and return its URI."""
+        self._client.log_artifacts(self.run_id, str(folder), name)
+        return f"runs:/{self.run_id}/{name}"
+
+    def log_datasets(self, refs: Mapping[str, ArtifactRef], context: str) -> None:
+        """Record stored artifacts by digest, as inputs or outputs of the run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        self._client.log_inputs(
+            self.run_id,
+            datasets=[
+                DatasetInput(
+                    Dataset(name=name, digest=ref.digest[:36], source_type="charm_store", source=ref.uri),
+                    tags=[InputTag("mlflow.data.context", context), InputTag("charm.digest", ref.digest)],
+                )
+                for name, ref in refs.items()
+            ],
+        )
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        for name, value in tags.items():
+            self._client.set_tag(self.run_id, name, value)
+
+    @contextlib.contextmanager
+    def nested(self, name: str, tags: Mapping[str, str] | None = None) -> Iterator["TrackedRun"]:
+        """A child run, shown below this one."""
+        with _open_run(self._settings, self._client, self.experiment_id, name, tags or {}, parent=self.run_id) as run:
+            yield run
+
+
+@contextlib.contextmanager
+def tracked_run(settings: TrackingSettings, name: str, *, tags: Mapping[str, str]) -> Iterator[TrackedRun]:
+    """Open an MLflow run for the current flow run and close it with the status that it deserves.
+
+    Args:
+        settings: Where.
+        name: Shown in MLflow.
+        tags: Further tags, such as the Prefect flow-run id.
+
+    Raises:
+        ServiceError: The tracking server does not answer.
+    """
+    check_tracking(settings)
+    client = _client(settings)
+    experiment_id = _experiment(client, settings)
+    _close_abandoned_runs(client, experiment_id)
+    with _open_run(settings, client, experiment_id, name, {**_origin(), **tags}) as run:
+        yield run
+
+
+def check_tracking(settings: TrackingSettings) -> None:
+    """Fail at once, and clearly, if the tracking server does not answer.
+
+    Raises:
+        ServiceError: With the address.
+    """
+    if not settings.uri.startswith("http"):
+        return
+    try:
+        httpx.get(f"{settings.uri.rstrip('/')}/health", timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
+        raise ServiceError(
+            f"the MLflow server at {settings.uri} does not answer ({error}); start it or unset CHARM_TRACKING_URI"
+        ) from None
+
+
+def register_version(run: TrackedRun, model_name: str, source: str, tags: Mapping[str, str]) -> str:
+    """Register a logged model folder as a new version; the same weights are registered once.
+
+    Args:
+        run: The run that logged the folder.
+        model_name: Name in the registry.
+        source: What ``TrackedRun.log_folder`` returned.
+        tags: Evidence; must hold ``digest``.
+
+    Returns:
+        The version, new or the one that has the same digest already.
+    """
+    client = run._client
+    versions = {
+        version.tags.get("digest"): version.version for version in client.search_model_versions(f"name = '{model_name}'")
+    }
+    if tags["digest"] in versions:
+        return str(versions[tags["digest"]])
+    with contextlib.suppress(_already_exists()):
+        client.create_registered_model(model_name)
+    location = client.get_run(run.run_id).info.artifact_uri + "/" + source.rsplit("/", 1)[-1]
+    return str(client.create_model_version(model_name, location, run_id=run.run_id, tags=dict(tags)).version)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    versions = {"python": platform.python_version()}
+    for package in _RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def git_revision() -> str:
+    """Commit of the checkout, with '+changes' if it has uncommitted ones; 'unknown' outside of one."""
+    folder = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10  # noqa: S607
+        )
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],  # noqa: S607
+            cwd=folder, capture_output=True, text=True, check=True, timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+@contextlib.contextmanager
+def _open_run(
+    settings: TrackingSettings,
+    client: Any,
+    experiment_id: str,
+    name: str,
+    tags: Mapping[str, str],
+    parent: str | None = None,
+) -> Iterator[TrackedRun]:
+    own_tags = {**tags, _PROCESS_TAG: _process_identity(), **({"mlflow.parentRunId": parent} if parent else {})}
+    run_id = client.create_run(experiment_id, run_name=name, tags=own_tags).info.run_id
+    status = "FAILED"
+    try:
+        yield TrackedRun(client, run_id, experiment_id, settings)
+        status = "FINISHED"
+    except Exception:
+        raise
+    except BaseException:  # Ctrl-C, cancelled by Prefect, told to exit
+        status = "KILLED"
+        raise
+    finally:
+        client.set_terminated(run_id, status)
+
+
+def _client(settings: TrackingSettings) -> Any:
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
+
+
+def _experiment(client: Any, settings: TrackingSettings) -> str:
+    known = client.get_experiment_by_name(settings.experiment)
+    if known is not None:
+        return str(known.experiment_id)
+    try:
+        return str(client.create_experiment(settings.experiment, artifact_location=settings.artifact_location))
+    except _already_exists():  # another run made it in between
+        return str(client.get_experiment_by_name(settings.experiment).experiment_id)
+
+
+def _already_exists() -> type[Exception]:
+    from mlflow.exceptions import MlflowException
+
+    exception: type[Exception] = MlflowException
+    return exception
+
+
+def _close_abandoned_runs(client: Any, experiment_id: str) -> None:
+    """Close runs whose process was killed on this machine: nobody else ever will."""
+    for run in client.search_runs([experiment_id], filter_string="attributes.status = 'RUNNING'"):
+        host, _, process = run.data.tags.get(_PROCESS_TAG, "").partition("/")
+        if host != socket.gethostname() or _is_alive(process):
+            continue
+        client.set_tag(run.info.run_id, "charm.closed", "its process ended without closing it")
+        client.set_terminated(run.info.run_id, "FAILED")
+
+
+def _process_identity() -> str:
+    return f"{socket.gethostname()}/{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def _is_alive(process: str) -> bool:
+    pid, _, started = process.partition(":")
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" == started
+    except (psutil.NoSuchProcess, ValueError):
+        return False
+
+
+def _origin() -> dict[str, str]:
+    versions = {f"version.{name}": version for name, version in package_versions().items()}
+    return {"git.revision": git_revision(), **versions}
+
+
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in params.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
