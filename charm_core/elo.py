@@ -105,8 +105,8 @@ def resolve_aliases(
 ) -> tuple[pl.DataFrame, tuple[Alias, ...]]:
     """Ratings under the names that the responses use.
 
-    A policy model whose own name is on the board needs no alias. Everything else needs an entry in the reviewed alias
-    table, and a near match needs the user's consent besides.
+    A policy model whose own name is on the board needs no alias; if it has one all the same, the alias counts.
+    Everything else needs an entry in the reviewed alias table, and a near match needs the user's consent besides.
 
     Args:
         ratings: A RATINGS frame with the board's names.
@@ -143,7 +143,9 @@ def resolve_aliases(
         applied.append(alias)
     if problems:
         raise RatingsError("; ".join(problems))
-    chosen = select_ratings(ratings, arena_names).with_columns(pl.Series("policy_model", list(policy_models), pl.String))
+    chosen = select_ratings(ratings, arena_names).with_columns(
+        pl.Series("policy_model", list(policy_models), pl.String)
+    )
     return validate(chosen, RATINGS), tuple(applied)
 
 
@@ -151,10 +153,10 @@ def _alias_table(aliases: Sequence[Alias]) -> Mapping[str, Alias]:
     table: dict[str, Alias] = {}
     for alias in aliases:
         other = table.setdefault(alias.policy_model, alias)
-        if other.arena_name != alias.arena_name:
+        if (other.arena_name, other.match) != (alias.arena_name, alias.match):
             raise RatingsError(
-                f"the alias table maps {alias.policy_model!r} to both {other.arena_name!r} and {alias.arena_name!r}; "
-                f"keep one"
+                f"the alias table maps {alias.policy_model!r} to both {other.arena_name!r} ({other.match}) and "
+                f"{alias.arena_name!r} ({alias.match}); keep one"
             )
     return table
 

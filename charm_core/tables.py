@@ -63,6 +63,19 @@ PREFERENCES = TableSchema(
 )
 """A judge's pairwise preferences: ``preference_a`` in [0, 1] is how much ``model_a`` is preferred, a tie is 0.5."""
 
+WIN_RATES = TableSchema(
+    name="win rates",
+    columns={
+        "model_a": pl.String(),
+        "model_b": pl.String(),
+        "win_rate": pl.Float64(),
+        "standard_error": pl.Float64(),
+        "prompts": pl.Int64(),
+    },
+    key=("model_a", "model_b"),
+)
+"""Published win rates: ``win_rate`` in [0, 1] of ``model_a`` over ``prompts`` prompts, with its standard error."""
+
 RATINGS = TableSchema(
     name="ratings",
     columns={
@@ -154,7 +167,7 @@ def _cast(frame: pl.DataFrame, name: str, dtype: pl.DataType, schema: TableSchem
     if not (numeric or column.dtype == pl.Null):
         raise TableError(f"column {name!r} of the {schema.name} table must be {dtype}, not {column.dtype}; convert it")
     cast = column.cast(dtype, strict=False)
-    if cast.null_count() > column.null_count() or (numeric and dtype.is_integer() and not cast.equals(column.cast(dtype))):
+    if numeric and not cast.cast(column.dtype, strict=False).equals(column):
         raise TableError(f"column {name!r} of the {schema.name} table has values that {dtype} cannot hold")
     return cast
 
@@ -164,7 +177,11 @@ def _check_values(frame: pl.DataFrame, schema: TableSchema) -> None:
         column = frame.get_column(name)
         if name not in schema.nullable and column.null_count():
             where = frame.filter(column.is_null()).select(schema.key).row(0, named=True)
-            raise TableError(f"column {name!r} of the {schema.name} table has {column.null_count()} nulls, first at {where}")
+            raise TableError(
+                f"column {name!r} of the {schema.name} table has {column.null_count()} nulls, first at {where}"
+            )
+        if column.dtype == MESSAGES:
+            _check_messages(frame, name, schema)
         if column.dtype.is_float():
             bad = column.is_not_null() & ~column.is_finite()
             if bad.any():
@@ -174,3 +191,15 @@ def _check_values(frame: pl.DataFrame, schema: TableSchema) -> None:
                     f"column {name!r} of the {schema.name} table has {bad.sum()} values that are NaN or infinite, "
                     f"first {first[name]} at {where}; score these again or leave their rows out"
                 )
+
+
+def _check_messages(frame: pl.DataFrame, name: str, schema: TableSchema) -> None:
+    message = pl.element().struct
+    incomplete = pl.col(name).list.eval(message.field("role").is_null() | message.field("content").is_null()).list.any()
+    bad = frame.filter((pl.col(name).list.len() == 0) | incomplete)
+    if not bad.is_empty():
+        where = bad.select(schema.key).row(0, named=True)
+        raise TableError(
+            f"column {name!r} of the {schema.name} table has {bad.height} conversations without messages or with a "
+            f"message that lacks its role or content, first at {where}; leave those rows out"
+        )

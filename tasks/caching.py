@@ -1,4 +1,4 @@
-"""The only cache policy: a step's result is reused if its inputs' content, its configuration and its version are the same.
+"""The only cache policy: a step's result is reused if its inputs' content, configuration and version are the same.
 
 Keyed by nothing else: not by code, run id, path or store. So a change of what a step computes must come with a new
 version of the step; the golden test of tests/tasks recalls it. Before a recorded result is served, every file that it
@@ -11,22 +11,23 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
-import fsspec
 from prefect import Task
 from prefect.cache_policies import CachePolicy
-from prefect.context import TaskRunContext
-from prefect.filesystems import RemoteFileSystem
+from prefect.filesystems import WritableFileSystem
+from prefect.results import ResultRecord
 from pydantic import BaseModel
 
 from charm_core.errors import ConfigError
 from tasks.store import ArtifactRef, ArtifactStore
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,8 +65,16 @@ def content_key(step: str, version: int, inputs: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: An input of a kind that has no stable content, such as a path or a data frame.
     """
-    content = {"step": step, "version": version, "inputs": {name: _identity(value, name) for name, value in inputs.items()}}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    content = {
+        "step": step,
+        "version": version,
+        "inputs": {name: _identity(value, name) for name, value in inputs.items()},
+    }
+    try:
+        text = json.dumps(content, sort_keys=True, allow_nan=False)
+    except ValueError:
+        raise ConfigError(f"an input of the step {step!r} is NaN or infinite; give a finite number or none") from None
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{step}-v{version}-{digest}"
 
 
@@ -94,32 +103,24 @@ def _identity(value: Any, name: str) -> Any:
 
 @dataclass
 class ContentPolicy(CachePolicy):
-    """Prefect's view of ``content_key``, with stale records dropped before Prefect looks them up."""
+    """Prefect's view of ``content_key``: made before the call, for Prefect runs uncached if making a key fails."""
 
-    step: str = ""
-    version: int = 0
+    content_key: str = ""
 
-    def compute_key(
-        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
-    ) -> str:
-        """Key of this call; see ``content_key``. The flow's parameters play no part."""
-        store: ArtifactStore = inputs["store"]
-        keyed = {name: value for name, value in inputs.items() if name != "store"}
-        key = content_key(self.step, self.version, keyed)
-        _drop_if_stale(task_ctx, store, key)
-        return key
+    def compute_key(self, *_: Any, **__: Any) -> str:
+        """The key of this call. The flow's parameters and the task's code play no part."""
+        return self.content_key
 
 
-def _drop_if_stale(task_ctx: TaskRunContext, store: ArtifactStore, key: str) -> None:
-    results = task_ctx.result_store
-    if not results.exists(key):
+def _drop_if_stale(store: ArtifactStore, key: str) -> None:
+    try:
+        recorded = ResultRecord.deserialize(store.read_step(key)).result
+    except Exception as error:  # missing, damaged or of an older form: to Prefect too it is not there
+        logger.debug("no usable record %s: %s", key, error)
         return
-    recorded = results.read(key).result
-    if all(store.is_sound(ref) for ref in _references(recorded)):
-        return
-    filesystem, path = fsspec.core.url_to_fs(f"{store.records_url()}/{key}")
-    with contextlib.suppress(FileNotFoundError):  # another run on this store found it stale at the same time
-        filesystem.rm_file(path)
+    if not all(store.is_sound(ref) for ref in _references(recorded)):
+        logger.warning("a file of %s is missing or damaged; the step runs again", key)
+        store.forget_step(key)
 
 
 def _references(value: Any) -> Iterator[ArtifactRef]:
@@ -136,6 +137,30 @@ def _references(value: Any) -> Iterator[ArtifactRef]:
             yield from _references(item)
 
 
+class StepRecords(WritableFileSystem):
+    """Prefect's view of the records of finished steps.
+
+    Prefect's own storage blocks write in place, so a reader in another process can meet half a record.
+    """
+
+    store: ArtifactStore
+
+    def read_path(self, path: str, **_: Any) -> bytes:  # type: ignore[override] # Prefect calls either kind
+        """The content of a record."""
+        return self.store.read_step(_record_name(path))
+
+    def write_path(self, path: str, content: bytes, **_: Any) -> None:  # type: ignore[override]
+        """Write a record, whole or not at all."""
+        self.store.write_step(_record_name(path), content)
+
+    def _resolve_path(self, path: str) -> str:
+        return self.store.step_url(_record_name(path))
+
+
+def _record_name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
 class Step(Generic[P, R]):
     """A cached Prefect task whose first parameter, the store, is filled in from ``use_store``."""
 
@@ -147,7 +172,6 @@ class Step(Generic[P, R]):
         self._task: Task[..., R] = Task(
             function,
             name=self.name,
-            cache_policy=ContentPolicy(step=self.name, version=version),
             persist_result=True,
             result_serializer="json",  # readable, and nothing is ever unpickled
             cache_result_in_memory=False,  # a record dropped as stale must be gone
@@ -158,8 +182,12 @@ class Step(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the step, or take its recorded result, in the current flow."""
         store = _store.get()
-        self.key(*args, **kwargs)  # Prefect would only log a key that cannot be made, and run uncached
-        return cast(R, self._bound(store)(store, *args, **kwargs))
+        key = self.key(*args, **kwargs)
+        _drop_if_stale(store, key)
+        bound = self._task.with_options(cache_policy=ContentPolicy(content_key=key))
+        # with_options accepts only blocks that are saved on a server; a worker without that server must work too
+        bound.result_storage = StepRecords(store=store)
+        return bound(store, *args, **kwargs)
 
     def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """Cache key of a call with these arguments."""
@@ -168,19 +196,8 @@ class Step(Generic[P, R]):
         inputs = dict(list(bound.arguments.items())[1:])
         return content_key(self.name, self.version, inputs)
 
-    def _bound(self, store: ArtifactStore) -> Task[..., R]:
-        filesystem, path = fsspec.core.url_to_fs(store.records_url())
-        if "file" in filesystem.protocol:
-            return self._task.with_options(result_storage=Path(path))
-        bound = self._task.with_options()
-        # with_options accepts only blocks that are saved on a server; a worker without that server must work too
-        bound.result_storage = RemoteFileSystem(basepath=store.records_url())
-        return bound
 
-
-def step(
-    *, version: int, **options: Any
-) -> Callable[[Callable[Concatenate[ArtifactStore, P], R]], Step[P, R]]:
+def step(*, version: int, **options: Any) -> Callable[[Callable[Concatenate[ArtifactStore, P], R]], Step[P, R]]:
     """Make a function a cached step.
 
     Args:

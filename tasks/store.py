@@ -6,6 +6,7 @@ never a result.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +22,13 @@ import fsspec
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from charm_core.errors import ArtifactError
+from charm_core.errors import ArtifactError, ConfigError, TableError
 from charm_core.tables import TableSchema, validate
 
-_MANIFEST = "manifest.json"
+MANIFEST = ".charm-manifest.json"
 _BLOCK = 1 << 20
 _ROW_GROUP = 1 << 16
+_TEMPORARY = ".charm-tmp"
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -43,12 +45,51 @@ class ArtifactRef(BaseModel):
     size: int = Field(description="Bytes.")
 
 
+class SourceFile(BaseModel):
+    """A file of the user's. Its identity is its content and its format, not its path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(description="Local path.")
+    digest: str = Field(description="SHA-256 of its bytes.")
+
+    def identity(self) -> dict[str, str]:
+        """What goes into cache keys."""
+        return {"digest": self.digest, "format": Path(self.path).suffix}
+
+    def read_bytes(self) -> bytes:
+        """Its content, which must still be what the cache keys say.
+
+        Raises:
+            ConfigError: The file is gone or has changed since it was identified.
+        """
+        try:
+            content = Path(self.path).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"cannot read {self.path}: {error.strerror}; put the file back and run again") from None
+        if hashlib.sha256(content).hexdigest() != self.digest:
+            raise ConfigError(f"{self.path} has changed since this run started; run again")
+        return content
+
+    def read_text(self) -> str:
+        """Its content as UTF-8 text.
+
+        Raises:
+            ConfigError: As ``read_bytes``, or it is not UTF-8.
+        """
+        try:
+            return self.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.path} is not UTF-8 text: {error}; convert it") from None
+
+
 class ArtifactStore(BaseModel):
     """A folder of content-addressed files, local or at any fsspec URL."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str = Field(description="Folder path or fsspec URL, for example 's3://bucket/charm'.")
+    work_folder: str = Field(description="Local folder for work in progress, such as training checkpoints.")
 
     def write_table(self, frame: pl.DataFrame, schema: TableSchema) -> ArtifactRef:
         """Validate a table and store it as Parquet."""
@@ -80,24 +121,28 @@ class ArtifactStore(BaseModel):
 
     def write_folder(self, folder: Path, kind: str) -> ArtifactRef:
         """Store a folder of files (a model). Its digest is that of a manifest of names, sizes and file digests."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        # a folder that was copied out of a store brings that store's manifest along
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
         if not files:
             raise ArtifactError(f"the folder {folder} to be stored as {kind!r} has no files")
-        entries = {
+        entries: dict[str, dict[str, Any]] = {
             path.relative_to(folder).as_posix(): {"sha256": file_digest(path), "size": path.stat().st_size}
             for path in files
         }
         manifest = json.dumps(entries, sort_keys=True, indent=1).encode()
         digest = hashlib.sha256(manifest).hexdigest()
         uri = self._uri(kind, digest)
-        size = sum(int(entry["size"]) for entry in entries.values())
+        size = sum(entry["size"] for entry in entries.values())
         ref = ArtifactRef(kind=kind, digest=digest, uri=uri, size=size)
         if not self.is_sound(ref):
             with _explained_errors(uri):
+                filesystem, path = fsspec.core.url_to_fs(uri)
+                for name in _file_names(filesystem, path) - entries.keys():
+                    filesystem.rm_file(f"{path}/{name}")
                 for name in entries:
                     self._put_file(f"{uri}/{name}", folder / name)
                 # the manifest last: a folder without it is not there yet
-                self._put(f"{uri}/{_MANIFEST}", manifest)
+                self._put(f"{uri}/{MANIFEST}", manifest)
         return ref
 
     def read_table(self, ref: ArtifactRef, schema: TableSchema) -> pl.DataFrame:
@@ -113,7 +158,9 @@ class ArtifactStore(BaseModel):
         try:
             return record.model_validate_json(self.read_bytes(ref))
         except ValidationError as error:
-            raise ArtifactError(f"{ref.uri} is not a {record.__name__}: {error}; it was made by another version") from None
+            raise ArtifactError(
+                f"{ref.uri} is not a {record.__name__}: {error}; it was made by another version"
+            ) from None
 
     def read_bytes(self, ref: ArtifactRef) -> bytes:
         """Read the bytes of a single-file artifact.
@@ -125,9 +172,13 @@ class ArtifactStore(BaseModel):
         try:
             content: bytes = filesystem.cat_file(path)
         except OSError as error:
-            raise ArtifactError(f"cannot read {ref.uri}: {error}; run again, the step that makes it will be redone") from None
+            raise ArtifactError(
+                f"cannot read {ref.uri}: {error}; run again, the step that makes it will be redone"
+            ) from None
         if hashlib.sha256(content).hexdigest() != ref.digest:
-            raise ArtifactError(f"{ref.uri} does not match its digest; run again, the step that makes it will be redone")
+            raise ArtifactError(
+                f"{ref.uri} does not match its digest; run again, the step that makes it will be redone"
+            )
         return content
 
     @contextlib.contextmanager
@@ -149,11 +200,13 @@ class ArtifactStore(BaseModel):
         try:
             if not filesystem.isdir(path):
                 return _stream_digest(filesystem, path) == ref.digest
-            manifest = filesystem.cat_file(f"{path}/{_MANIFEST}")
+            manifest = filesystem.cat_file(f"{path}/{MANIFEST}")
             if hashlib.sha256(manifest).hexdigest() != ref.digest:
                 return False
             entries: dict[str, Any] = json.loads(manifest)
-            return all(_stream_digest(filesystem, f"{path}/{name}") == entry["sha256"] for name, entry in entries.items())
+            return _file_names(filesystem, path) == {*entries, MANIFEST} and all(
+                _stream_digest(filesystem, f"{path}/{name}") == entry["sha256"] for name, entry in entries.items()
+            )
         except OSError:
             return False
 
@@ -169,9 +222,40 @@ class ArtifactStore(BaseModel):
             filesystem, path = fsspec.core.url_to_fs(uri)
             filesystem.rm_file(path)
 
-    def records_url(self) -> str:
-        """Where the record of every finished step lies."""
-        return f"{self.url.rstrip('/')}/steps"
+    def step_url(self, key: str) -> str:
+        """Where the record of a finished step lies."""
+        return f"{self.url.rstrip('/')}/steps/{key}"
+
+    def write_step(self, key: str, content: bytes) -> None:
+        """Record a finished step. The first line is the digest of the rest.
+
+        Raises:
+            ArtifactError: The store cannot be written.
+        """
+        uri = self.step_url(key)
+        with _explained_errors(uri):
+            self._put(uri, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+    def read_step(self, key: str) -> bytes:
+        """The record of a finished step.
+
+        Raises:
+            ArtifactError: There is none, or it is damaged.
+        """
+        filesystem, path = fsspec.core.url_to_fs(self.step_url(key))
+        try:
+            digest, _, content = filesystem.cat_file(path).partition(b"\n")
+        except OSError as error:
+            raise ArtifactError(f"cannot read {self.step_url(key)}: {error}; run again") from None
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            raise ArtifactError(f"{self.step_url(key)} is damaged; run again, its step will be redone")
+        return bytes(content)
+
+    def forget_step(self, key: str) -> None:
+        """Remove the record of a step, so that it runs again."""
+        filesystem, path = fsspec.core.url_to_fs(self.step_url(key))
+        with contextlib.suppress(FileNotFoundError):  # another run on this store found it stale at the same time
+            filesystem.rm_file(path)
 
     def _uri(self, kind: str, name: str) -> str:
         return f"{self.url.rstrip('/')}/{kind}/{name[:2]}/{name}"
@@ -193,6 +277,42 @@ class ArtifactStore(BaseModel):
             shutil.copyfileobj(reader, file, _BLOCK)
 
 
+def source_file(path: str) -> SourceFile:
+    """Identify a user's file by its content.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"there is no file {path!r} (working folder {Path.cwd()}); correct the path")
+    return SourceFile(path=str(file.resolve()), digest=file_digest(file))
+
+
+def read_source(source: SourceFile) -> pl.DataFrame:
+    """Read a user's table: Parquet, CSV, JSON lines or a JSON list of records, by its suffix.
+
+    Raises:
+        TableError: Not readable as what its suffix says.
+        ConfigError: A suffix of no known format, or the file has changed since it was identified.
+    """
+    path = Path(source.path)
+    readers: dict[str, Callable[[io.BytesIO], pl.DataFrame]] = {
+        ".parquet": pl.read_parquet,
+        ".csv": functools.partial(pl.read_csv, infer_schema_length=None),
+        ".jsonl": functools.partial(pl.read_ndjson, infer_schema_length=None),
+        ".json": functools.partial(pl.read_json, infer_schema_length=None),
+    }
+    if path.suffix not in readers:
+        raise ConfigError(f"{path} has the suffix {path.suffix!r}; tables are read from {', '.join(readers)}")
+    content = io.BytesIO(source.read_bytes())
+    try:
+        return readers[path.suffix](content)
+    # some damaged Parquet files make Polars panic, which is not an Exception
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, UnicodeDecodeError) as error:
+        raise TableError(f"{path} is not a readable {path.suffix[1:]} table: {error}") from None
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a local file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
@@ -202,7 +322,7 @@ def file_digest(path: Path) -> str:
 @contextlib.contextmanager
 def _atomic_file(target: Path) -> Iterator[io.BufferedWriter]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -222,6 +342,13 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _file_names(filesystem: fsspec.AbstractFileSystem, folder: str) -> set[str]:
+    """Files below a folder, without those that are being written."""
+    prefix = f"{folder.rstrip('/')}/"
+    names = {str(path).removeprefix(prefix) for path in filesystem.find(folder)}
+    return {name for name in names if not name.endswith(_TEMPORARY)}
 
 
 def _stream_digest(filesystem: fsspec.AbstractFileSystem, path: str) -> str:

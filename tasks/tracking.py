@@ -1,18 +1,22 @@
 """MLflow: the only module that imports it, and late, because the import alone takes seconds.
 
-One MLflow run per flow run, opened and closed by ``tracked_run``, so that its status is right after success, failure and
-Ctrl-C. Every call names its run: no process-wide "active run" that a thread or a child process could inherit. Metrics
+One MLflow run per flow run, opened and closed by ``tracked_run``, so that its status is right after success, failure
+and Ctrl-C. Every call names its run: no process-wide "active run" that a thread or a child process could inherit. Metrics
 are logged by flows from returned values, so that they are there on a fully cached run too.
 """
 
 import contextlib
 import logging
+import numbers
 import os
 import platform
+import re
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,8 @@ logger = logging.getLogger(__name__)
 _PARAM_BATCH = 100
 _METRIC_BATCH = 1000
 _PARAM_LENGTH = 6000
+_NAME_LENGTH = 250
+_CLOCK_SLACK = 5.0
 _PROCESS_TAG = "charm.process"
 _RECORDED_PACKAGES = ("charm-rm", "torch", "transformers", "deepspeed", "polars", "numpy", "scipy", "prefect", "mlflow")
 
@@ -39,12 +45,17 @@ class TrackingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    uri: str = Field(description="MLflow tracking URI, for example 'sqlite:////data/charm/mlflow.db' or a server's URL.")
+    uri: str = Field(
+        description="MLflow tracking URI, for example 'sqlite:////data/charm/mlflow.db' or a server's URL."
+    )
     artifact_location: str | None = Field(
         default=None, description="Folder or URL for artifacts of a new experiment; the server's choice if not given."
     )
     experiment: str = Field(default="charm", description="MLflow experiment.")
     ui_url: str = Field(default="http://127.0.0.1:5000", description="Where people open the MLflow pages.")
+
+
+_current: ContextVar["TrackedRun | None"] = ContextVar("charm_tracked_run", default=None)
 
 
 class TrackedRun:
@@ -55,6 +66,7 @@ class TrackedRun:
         self.run_id = run_id
         self.experiment_id = experiment_id
         self._settings = settings
+        self.nested_names: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -66,7 +78,7 @@ class TrackedRun:
         """Log a nested configuration, flattened to dotted names."""
         from mlflow.entities import Param
 
-        flat = [Param(name, str(value)[:_PARAM_LENGTH]) for name, value in _flatten(params)]
+        flat = [Param(_allowed(name), str(value)[:_PARAM_LENGTH]) for name, value in _flatten(params)]
         for start in range(0, len(flat), _PARAM_BATCH):
             self._client.log_batch(self.run_id, params=flat[start : start + _PARAM_BATCH])
 
@@ -80,10 +92,10 @@ class TrackedRun:
 
         now = int(time.time() * 1000)
         points = [
-            Metric(name, float(value), now, int(row["step"]))
+            Metric(_allowed(name), float(value), now, int(row["step"]))
             for row in rows
             for name, value in row.items()
-            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name != "step" and isinstance(value, numbers.Real) and not isinstance(value, bool)
         ]
         for start in range(0, len(points), _METRIC_BATCH):
             self._client.log_batch(self.run_id, metrics=points[start : start + _METRIC_BATCH])
@@ -124,6 +136,7 @@ class TrackedRun:
     @contextlib.contextmanager
     def nested(self, name: str, tags: Mapping[str, str] | None = None) -> Iterator["TrackedRun"]:
         """A child run, shown below this one."""
+        self.nested_names.add(name)
         with _open_run(self._settings, self._client, self.experiment_id, name, tags or {}, parent=self.run_id) as run:
             yield run
 
@@ -138,22 +151,36 @@ def tracked_run(settings: TrackingSettings, name: str, *, tags: Mapping[str, str
         tags: Further tags, such as the Prefect flow-run id.
 
     Raises:
-        ServiceError: The tracking server does not answer.
+        ServiceError: The tracking server does not answer, or will not do it.
     """
     check_tracking(settings)
-    client = _client(settings)
-    experiment_id = _experiment(client, settings)
-    _close_abandoned_runs(client, experiment_id)
+    try:
+        client = _client(settings)
+        experiment_id = _experiment(client, settings)
+        _close_abandoned_runs(client, experiment_id)
+    except _mlflow_error() as error:
+        raise ServiceError(f"MLflow at {settings.uri} cannot be used: {error}") from error
     with _open_run(settings, client, experiment_id, name, {**_origin(), **tags}) as run:
-        yield run
+        token = _current.set(run)
+        try:
+            yield run
+        finally:
+            _current.reset(token)
+
+
+def current_run() -> TrackedRun | None:
+    """The run that ``tracked_run`` has open, if any: for the live training curve and nothing else."""
+    return _current.get()
 
 
 def check_tracking(settings: TrackingSettings) -> None:
-    """Fail at once, and clearly, if the tracking server does not answer.
+    """Fail at once, and clearly, if the tracking server does not answer or the SQLite file cannot be written.
 
     Raises:
         ServiceError: With the address.
     """
+    if settings.uri.startswith("sqlite:///"):
+        _check_sqlite(settings.uri)
     if not settings.uri.startswith("http"):
         return
     try:
@@ -178,13 +205,14 @@ def register_version(run: TrackedRun, model_name: str, source: str, tags: Mappin
     """
     client = run._client
     versions = {
-        version.tags.get("digest"): version.version for version in client.search_model_versions(f"name = '{model_name}'")
+        version.tags.get("digest"): version.version
+        for version in client.search_model_versions(f"name = '{model_name}'")
     }
     if tags["digest"] in versions:
         return str(versions[tags["digest"]])
-    with contextlib.suppress(_already_exists()):
+    with contextlib.suppress(_mlflow_error()):  # it exists already
         client.create_registered_model(model_name)
-    location = client.get_run(run.run_id).info.artifact_uri + "/" + source.rsplit("/", 1)[-1]
+    location = client.get_run(run.run_id).info.artifact_uri + "/" + source.removeprefix(f"runs:/{run.run_id}/")
     return str(client.create_model_version(model_name, location, run_id=run.run_id, tags=dict(tags)).version)
 
 
@@ -202,11 +230,20 @@ def git_revision() -> str:
     folder = Path(__file__).parent
     try:
         head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10  # noqa: S607
+            ["git", "rev-parse", "HEAD"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,  # noqa: S607
         )
         changes = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"],  # noqa: S607
-            cwd=folder, capture_output=True, text=True, check=True, timeout=10,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
@@ -224,17 +261,20 @@ def _open_run(
 ) -> Iterator[TrackedRun]:
     own_tags = {**tags, _PROCESS_TAG: _process_identity(), **({"mlflow.parentRunId": parent} if parent else {})}
     run_id = client.create_run(experiment_id, run_name=name, tags=own_tags).info.run_id
-    status = "FAILED"
     try:
         yield TrackedRun(client, run_id, experiment_id, settings)
-        status = "FINISHED"
-    except Exception:
+    except BaseException as error:
+        # what is no Exception: Ctrl-C, cancelled by Prefect, told to exit
+        _close_after_error(client, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    except BaseException:  # Ctrl-C, cancelled by Prefect, told to exit
-        status = "KILLED"
-        raise
-    finally:
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _close_after_error(client: Any, run_id: str, status: str) -> None:
+    try:
         client.set_terminated(run_id, status)
+    except _mlflow_error():  # must not hide the error that ended the run
+        logger.exception("MLflow run %s could not be closed as %s", run_id, status)
 
 
 def _client(settings: TrackingSettings) -> Any:
@@ -251,11 +291,28 @@ def _experiment(client: Any, settings: TrackingSettings) -> str:
         return str(known.experiment_id)
     try:
         return str(client.create_experiment(settings.experiment, artifact_location=settings.artifact_location))
-    except _already_exists():  # another run made it in between
-        return str(client.get_experiment_by_name(settings.experiment).experiment_id)
+    except _mlflow_error():
+        known = client.get_experiment_by_name(settings.experiment)
+        if known is None:
+            raise
+        return str(known.experiment_id)  # another run made it in between
 
 
-def _already_exists() -> type[Exception]:
+def _check_sqlite(uri: str) -> None:
+    # MLflow would try a file that it cannot open again and again, for minutes
+    path = Path(uri.removeprefix("sqlite:///"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
+    except (OSError, sqlite3.Error) as error:
+        raise ServiceError(
+            f"the MLflow database {path} cannot be written ({error}); correct CHARM_TRACKING_URI or CHARM_HOME"
+        ) from None
+
+
+def _mlflow_error() -> type[Exception]:
     from mlflow.exceptions import MlflowException
 
     exception: type[Exception] = MlflowException
@@ -279,7 +336,10 @@ def _process_identity() -> str:
 def _is_alive(process: str) -> bool:
     pid, _, started = process.partition(":")
     try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" == started
+        found = psutil.Process(int(pid))
+        # the boot time that start times count from is corrected while the machine runs
+        same = abs(found.create_time() - float(started)) < _CLOCK_SLACK
+        return same and found.status() != psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, ValueError):
         return False
 
@@ -287,6 +347,11 @@ def _is_alive(process: str) -> bool:
 def _origin() -> dict[str, str]:
     versions = {f"version.{name}": version for name, version in package_versions().items()}
     return {"git.revision": git_revision(), **versions}
+
+
+def _allowed(name: str) -> str:
+    """A parameter or metric name with what MLflow refuses replaced by ``_``."""
+    return re.sub(r"[^\w.:\- ]", "_", name)[:_NAME_LENGTH]
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

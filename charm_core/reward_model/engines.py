@@ -1,0 +1,200 @@
+"""Two ways to do an optimiser step, with one face: plain PyTorch in one process, and DeepSpeed ZeRO over several.
+
+Both use ``torch.optim.AdamW`` over float32 weights, clip to a global norm, and give and take their whole state by parameter
+name, so that a checkpoint of either can be read by either, and by any number of ranks.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from charm_core.reward_model.network import RewardNetwork
+from charm_core.reward_model.spec import TrainingConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
+
+
+class Engine(Protocol):
+    """What the trainer needs."""
+
+    world_size: int
+
+    def score(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Scores of a batch; with more than one rank all must call this equally often."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of this rank's share of the step's loss; ``last`` marks the step's last micro-batch."""
+
+    def step(self, rate_factor: float) -> float:
+        """Update the weights with this share of the peak learning rates; returns the gradients' norm before clipping."""
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(parameter name, ``weight`` or moment, full float32 tensor) of all trained parameters; all ranks take part."""
+
+    def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
+        """Set Adam's moments and step count; weights are set in the network before the engine is made."""
+
+
+def parameter_groups(network: RewardNetwork, config: TrainingConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: the body's matrices and vectors, then the head's; empty ones are left out.
+
+    Group by group, ``peak`` is its peak learning rate.
+    """
+    head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
+    groups = []
+    for in_head, rate in ((False, config.learning_rate), (True, head_rate)):
+        for matrix, decay in ((True, config.weight_decay), (False, 0.0)):
+            parameters = [
+                parameter
+                for name, parameter in network.named_parameters()
+                if parameter.requires_grad
+                and name.startswith(f"classifier.{network.head_name}.") == in_head
+                and (parameter.ndim >= 2) == matrix
+            ]
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay, "lr": rate, "peak": rate})
+    return groups
+
+
+class PlainEngine:
+    """One process, PyTorch alone."""
+
+    world_size = 1
+
+    def __init__(self, network: RewardNetwork, config: TrainingConfig) -> None:
+        self._network = network
+        self._optimizer = torch.optim.AdamW(parameter_groups(network, config), betas=config.adam_betas)
+        self._max_grad_norm = config.max_grad_norm
+
+    def score(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return cast(Tensor, self._network(**batch))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, rate_factor: float) -> float:
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self._max_grad_norm).item()
+        _set_learning_rates(self._optimizer, rate_factor)
+        # A weight that is not finite would end up in the next checkpoint.
+        if math.isfinite(norm):
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, parameter in _trained(self._network):
+            yield name, WEIGHT, parameter.detach()
+            for moment in MOMENTS:
+                yield name, moment, self._optimizer.state[parameter][moment]
+
+    def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
+        for name, parameter in _trained(self._network):
+            state = {moment: moments[name, moment].to(parameter.device) for moment in MOMENTS}
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+
+
+class ZeroEngine:
+    """One process per rank, DeepSpeed ZeRO."""
+
+    def __init__(self, network: RewardNetwork, config: TrainingConfig, world_size: int) -> None:
+        import deepspeed
+
+        self.world_size = world_size
+        groups = parameter_groups(network, config)
+        optimizer = torch.optim.AdamW(groups, betas=config.adam_betas)
+        self._engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=optimizer,
+            model_parameters=[parameter for group in groups for parameter in group["params"]],
+            config=deepspeed_config(network, config, world_size),
+            dist_init_required=False,
+        )
+        self._base = optimizer
+        self._stage = config.zero_stage
+
+    def score(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return cast(Tensor, self._engine(**batch))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over the ranks; the step's loss is the sum of their shares.
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, rate_factor: float) -> float:
+        _set_learning_rates(self._engine.optimizer, rate_factor)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in _trained(self._engine.module):
+            if self._stage == 0:
+                yield name, WEIGHT, parameter.detach()
+                for moment in MOMENTS:
+                    yield name, moment, self._base.state[parameter][moment]
+            else:
+                yield name, WEIGHT, safe_get_full_fp32_param(parameter)
+                for moment in MOMENTS:
+                    yield name, moment, safe_get_full_optimizer_state(parameter, moment)
+
+    def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for weights in self._partitions():
+            zeros = {moment: torch.zeros_like(weights.data) for moment in MOMENTS}
+            self._base.state[weights] = {"step": torch.tensor(float(step)), **zeros}
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in _trained(self._engine.module):
+            for moment in MOMENTS:
+                value = moments[name, moment].to(parameter.device)
+                if self._stage == 0:
+                    self._base.state[parameter][moment].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _partitions(self) -> list[Tensor]:
+        """The tensors that AdamW itself updates: with ZeRO, this rank's flat shares."""
+        if self._stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        if self._stage == 0:
+            return [parameter for group in self._base.param_groups for parameter in group["params"]]
+        return list(self._engine.optimizer.single_partition_of_fp32_groups)
+
+
+def deepspeed_config(network: RewardNetwork, config: TrainingConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON as a dict. The trainer itself decides where a step ends, so one micro-batch is declared."""
+    hidden = cast(Any, network.classifier).config.get_text_config().hidden_size
+    bucket = min(50_000_000, sum(parameter.numel() for parameter in network.parameters()))
+    return {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            # As transformers chooses it: vectors stay whole on every rank, matrices are shared out.
+            "stage3_param_persistence_threshold": 10 * hidden,
+        },
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _set_learning_rates(optimizer: Any, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def _trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)

@@ -1,0 +1,132 @@
+"""The process that trains or scores: ``python -m charm_core.reward_model.worker LAUNCH.json``.
+
+Under ``torchrun`` (RANK in the environment) it is one rank of several. It ends when the process that launched it has ended,
+and leaves the reason of a failure in the job's work folder.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+
+from charm_core.errors import CharmError
+from charm_core.reward_model.jobs import Launch, ProcessIdentity, ScoringJob, TrainingJob
+from charm_core.reward_model.workdir import FAILURE, Failure, write_text
+
+logger = logging.getLogger("charm_core.reward_model.worker")
+
+POLL_SECONDS = 0.5
+ORPHANED = 86
+FAILED = 1
+
+
+def main(arguments: list[str]) -> int:
+    """Do the job described in the file that is the one argument; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    launch_file = Path(arguments[0])
+    launch = Launch.model_validate_json(launch_file.read_text())
+    watch_parents(launch.parent)
+    try:
+        if launch.training is not None:
+            _train(launch.training)
+        if launch.scoring is not None:
+            _score(launch.scoring)
+    except Exception as error:
+        traceback.print_exc()
+        kind = type(error).__name__ if isinstance(error, CharmError) else "unexpected"
+        # The rank that fails first has the reason; the others fail because it is gone.
+        if not (launch_file.parent / FAILURE).exists():
+            failure = Failure(kind=kind, message=str(error) if kind != "unexpected" else repr(error))
+            write_text(launch_file.parent / FAILURE, failure.model_dump_json())
+        sys.stderr.flush()
+        # Not through the interpreter's exit handlers: peers may be gone, and tearing down the group would wait for them.
+        os._exit(FAILED)
+    return 0
+
+
+def watch_parents(parent: ProcessIdentity | None) -> None:
+    """End this process soon after its parent, or the process named, has ended."""
+    direct = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == direct and (parent is None or is_alive(parent)):
+            time.sleep(POLL_SECONDS)
+        os._exit(ORPHANED)
+
+    threading.Thread(target=watch, name="watch-parents", daemon=True).start()
+
+
+def identify(pid: int) -> ProcessIdentity:
+    """Number and start time of a running process."""
+    return ProcessIdentity(pid=pid, started=psutil.Process(pid).create_time())
+
+
+def is_alive(process: ProcessIdentity) -> bool:
+    """Whether it still runs; a zombie does not, nor does a later process with the same number."""
+    try:
+        found = psutil.Process(process.pid)
+        return abs(found.create_time() - process.started) < 2 and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _train(job: TrainingJob) -> None:
+    import torch
+    import torch.distributed as dist
+    from transformers.utils import logging as transformers_logging
+
+    from charm_core.reward_model.training import Rank, train
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    number, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if number:
+        logging.getLogger().setLevel(logging.WARNING)
+    if job.config.zero_stage is not None:
+        _join_group("nccl" if cuda else "gloo")
+    train(job, Rank(number=number, world_size=world_size, device=device))
+    if job.config.zero_stage is not None:
+        dist.destroy_process_group()
+
+
+def _join_group(backend: str) -> None:
+    import deepspeed
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
+def _score(job: ScoringJob) -> None:
+    import polars as pl
+    from transformers.utils import logging as transformers_logging
+
+    from charm_core.reward_model.scoring import score_responses
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    def report(done: int, total: int) -> None:
+        print(f"{PROGRESS}{done} {total}", flush=True)
+
+    result = score_responses(job.model, pl.read_parquet(job.prompts_path), pl.read_parquet(job.responses_path), report)
+    partial = job.scores_path.with_name(f"{job.scores_path.name}.partial")
+    result.scores.write_parquet(partial)
+    write_text(job.scores_path.with_suffix(".json"), result.summary.model_dump_json(indent=1))
+    partial.replace(job.scores_path)
+
+
+PROGRESS = "scored "
+"""How a line of a scoring process's output begins that says how far it is: texts scored, texts to score."""
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

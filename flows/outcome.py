@@ -1,0 +1,120 @@
+"""How a flow ends: provenance, metrics, files in MLflow, links in Prefect, a summary for the terminal."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.command_line import settings_toml
+from flows.session import Session
+from tasks.evidence import Report
+from tasks.publishing import publish_link, publish_markdown
+from tasks.reporting import (
+    InputDigest,
+    Provenance,
+    ReportData,
+    ReportDomain,
+    figures_for_tracking,
+    summary_text,
+)
+from tasks.store import ArtifactRef
+from tasks.tracking import git_revision, package_versions
+
+
+class Outcome(BaseModel):
+    """What a flow leaves behind."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    report: ArtifactRef = Field(description="The HTML report.")
+    data: ArtifactRef = Field(description="All of its numbers, as JSON.")
+    model: ArtifactRef | None = Field(default=None, description="The calibrated reward model's folder.")
+    model_version: str | None = Field(default=None, description="Its version in the model registry.")
+    tracking_url: str = Field(description="Page of the MLflow run.")
+    summary: str = Field(description="The result in a few lines.")
+
+
+def describe_provenance(flow: str, run: BaseModel, **artifacts: ArtifactRef | None) -> Provenance:
+    """Everything that someone needs to get the same numbers again."""
+    return Provenance(
+        command=f"python -m flows.{flow} --config run.toml",
+        settings_toml=settings_toml(run),
+        git_revision=git_revision(),
+        versions=tuple(package_versions().items()),
+        digests=tuple(
+            InputDigest(name=name.replace("_", " "), digest=ref.digest, rows=ref.rows)
+            for name, ref in artifacts.items()
+            if ref is not None
+        ),
+    )
+
+
+def finish(session: Session, report: Report, **extra: Any) -> Outcome:
+    """Log the report and its numbers, link it in Prefect, and say what came out.
+
+    Runs on every flow run, cached steps or not: the numbers are read from what the steps returned.
+    """
+    data = session.store.read_record(report.data, ReportData)
+    html = session.store.read_bytes(report.html).decode()
+    session.run.log_metrics(_metrics(data))
+    session.run.log_text(html, "report.html")
+    for name, figure in figures_for_tracking(data).items():
+        session.run.log_text(figure.decode(), f"figures/{name}.svg")
+    session.run.log_text(data.model_dump_json(indent=1), "report.json")
+    path = _local_path(report.html.uri)
+    summary = summary_text(data)
+    publish_link(f"{data.kind}-report", Path(path).as_uri() if path else report.html.uri, "Report", summary.splitlines()[0])
+    publish_markdown(f"{data.kind}-summary", f"```\n{summary}\n```", "Summary")
+    return Outcome(
+        report=report.html,
+        data=report.data,
+        tracking_url=session.run.url,
+        summary=f"{summary}\n\nReport   {path or report.html.uri}\n{_pages(session)}",
+        **extra,
+    )
+
+
+def _metrics(data: ReportData) -> dict[str, float | None]:
+    metrics: dict[str, float | None] = {}
+    for domain in data.domains:
+        metrics.update(_domain_metrics(domain))
+    for row in data.benchmarks:
+        for value in row.values:
+            metrics[f"{value.variant}/{row.benchmark}/{row.subset}/{row.metric}"] = value.value.value
+    if data.truth is not None:
+        for value in data.truth.accuracy:
+            metrics[f"{value.variant}/accuracy against the truth"] = value.value.value
+    if data.pairs is not None:
+        metrics["flip rate"] = data.pairs.flip_rate
+    return {_metric_name(name): value for name, value in metrics.items()}
+
+
+def _domain_metrics(domain: ReportDomain) -> dict[str, float | None]:
+    metrics: dict[str, float | None] = {}
+    for variant in domain.variants:
+        prefix = f"{variant.name}/{domain.label}"
+        metrics[f"{prefix}/mean absolute mismatch"] = variant.mismatch.mean_absolute_mismatch.value
+        metrics[f"{prefix}/overvaluation rmse"] = variant.mismatch.overvaluation_rmse.value
+        metrics[f"{prefix}/tie rate"] = variant.mismatch.tie_rate
+        metrics[f"{prefix}/spearman with elo"] = variant.agreement.spearman.value if variant.agreement else None
+        metrics[f"{prefix}/score length correlation"] = variant.length_correlation
+    for item in domain.comparisons:
+        metrics[f"{item.after} minus {item.before}/{domain.label}/mean absolute mismatch"] = item.comparison.difference.value
+    return metrics
+
+
+def _metric_name(name: str) -> str:
+    # MLflow allows letters, digits, and _ - . : / and spaces
+    return "".join(char if char.isalnum() or char in "_-.:/ " else "_" for char in name)
+
+
+def _local_path(uri: str) -> str | None:
+    return uri if not urlsplit(uri).scheme else None
+
+
+def _pages(session: Session) -> str:
+    return (
+        f"MLflow   {session.run.url}  (`make mlflow-ui` opens the pages)\n"
+        f"Prefect  `make prefect-ui`, then http://127.0.0.1:4200/runs"
+    )

@@ -1,0 +1,155 @@
+"""What a reward model's scores are worth on prompts and policy models that the calibration never saw."""
+
+import polars as pl
+
+from charm_core.agreement import compare_mismatch, elo_agreement, score_length_correlation
+from charm_core.mismatch import (
+    MismatchConfig,
+    measure_mismatch,
+    measure_preference_mismatch,
+    measure_win_rate_mismatch,
+)
+from charm_core.reward_model.jobs import ScoringSummary
+from charm_core.simulation import SimulationConfig, planted_overvaluation, truth_accuracy
+from charm_core.tables import PREFERENCES, RATINGS, RESPONSES, SCORES, WIN_RATES
+from tasks.caching import step
+from tasks.debiasing import View, read_view
+from tasks.reporting import (
+    PlantedBias,
+    ReportComparison,
+    ReportVariant,
+    ScoreQuantiles,
+    ScoringNotes,
+    TruthReport,
+    VariantName,
+    VariantValue,
+)
+from tasks.simulation import SimulatedSources
+from tasks.store import ArtifactRef, ArtifactStore
+
+LABELS: dict[VariantName, str] = {
+    "untouched": "Untouched",
+    "offsets": "Offsets at inference",
+    "control": "Control (offsets 0)",
+    "calibrated": "Calibrated",
+}
+
+_QUANTILES = {"quantile_05": 0.05, "quantile_25": 0.25, "median": 0.5, "quantile_75": 0.75, "quantile_95": 0.95}
+
+
+@step(version=1)
+def evaluate_variant(
+    store: ArtifactStore,
+    name: VariantName,
+    scores: ArtifactRef,
+    responses: ArtifactRef | None,
+    ratings: ArtifactRef,
+    split: ArtifactRef | None,
+    view: View,
+    config: MismatchConfig,
+    scoring: ScoringSummary | None = None,
+) -> ArtifactRef:
+    """Mismatch, agreement with Elo, spread of scores and score-length correlation of one variant."""
+    seen = read_view(store, scores, split, view)
+    board = store.read_table(ratings, RATINGS)
+    variant = ReportVariant(
+        name=name,
+        label=LABELS[name],
+        mismatch=measure_mismatch(seen, board, config, view.focus),
+        agreement=elo_agreement(seen, board, config) if seen.get_column("policy_model").n_unique() > 2 else None,
+        score_quantiles=_score_quantiles(seen),
+        scoring=_scoring_notes(scoring) if scoring else None,
+        length_correlation=(
+            score_length_correlation(seen, store.read_table(responses, RESPONSES)) if responses is not None else None
+        ),
+    )
+    return store.write_record(variant, "evidence")
+
+
+@step(version=1)
+def evaluate_preferences(
+    store: ArtifactStore, preferences: ArtifactRef, ratings: ArtifactRef, config: MismatchConfig
+) -> ArtifactRef:
+    """Mismatch of a judge's pairwise preferences."""
+    report = measure_preference_mismatch(
+        store.read_table(preferences, PREFERENCES), store.read_table(ratings, RATINGS), config
+    )
+    return store.write_record(ReportVariant(name="untouched", label="Judge", mismatch=report), "evidence")
+
+
+@step(version=1)
+def evaluate_win_rates(
+    store: ArtifactStore, win_rates: ArtifactRef, ratings: ArtifactRef, config: MismatchConfig
+) -> ArtifactRef:
+    """Mismatch of published win rates."""
+    report = measure_win_rate_mismatch(
+        store.read_table(win_rates, WIN_RATES), store.read_table(ratings, RATINGS), config
+    )
+    return store.write_record(ReportVariant(name="untouched", label="Published win rates", mismatch=report), "evidence")
+
+
+@step(version=1)
+def judge_truth(
+    store: ArtifactStore,
+    simulated: SimulatedSources,
+    world: SimulationConfig,
+    scores: tuple[tuple[VariantName, ArtifactRef], ...],
+    evidence: ArtifactRef,
+    split: ArtifactRef,
+    view: View,
+    held_out: tuple[str, ...],
+) -> ArtifactRef:
+    """What only a simulation can know: planted against estimated bias, accuracy against the true quality."""
+    found = {model.policy_model: model.overvaluation for model in store.read_record(evidence, ReportVariant).mismatch.models}
+    planted = planted_overvaluation(world)
+    quality = store.read_table(simulated.true_quality, SCORES)
+    truth = TruthReport(
+        planted=tuple(
+            PlantedBias(policy_model=model, planted=planted[model], estimated=found[model], held_out=model in held_out)
+            for model in sorted(found)
+        ),
+        accuracy=tuple(
+            VariantValue(variant=name, value=truth_accuracy(read_view(store, ref, split, view), quality))
+            for name, ref in scores
+        ),
+    )
+    return store.write_record(truth, "truth")
+
+
+@step(version=1)
+def compare_variants(
+    store: ArtifactStore,
+    before: tuple[VariantName, ArtifactRef],
+    after: tuple[VariantName, ArtifactRef],
+    ratings: ArtifactRef,
+    split: ArtifactRef | None,
+    view: View,
+    config: MismatchConfig,
+) -> ArtifactRef:
+    """Paired comparison of mean |MD|: the same resamples of prompts and draws of ratings for both variants."""
+    comparison = compare_mismatch(
+        read_view(store, before[1], split, view),
+        read_view(store, after[1], split, view),
+        store.read_table(ratings, RATINGS),
+        config,
+        view.focus,
+    )
+    return store.write_record(
+        ReportComparison(before=before[0], after=after[0], comparison=comparison), "comparison"
+    )
+
+
+def _scoring_notes(summary: ScoringSummary) -> ScoringNotes:
+    return ScoringNotes(
+        texts=summary.texts,
+        prompts_cut=summary.prompts_cut,
+        responses_cut=summary.responses_cut,
+        max_length=summary.max_length,
+    )
+
+
+def _score_quantiles(scores: pl.DataFrame) -> tuple[ScoreQuantiles, ...]:
+    grouped = scores.group_by("policy_model").agg(
+        pl.col("score").quantile(level, "linear").alias(name) for name, level in _QUANTILES.items()
+    )
+    return tuple(ScoreQuantiles.model_validate(row) for row in grouped.sort("policy_model").to_dicts())

@@ -1,0 +1,147 @@
+"""From the stored results of a run to one report."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from charm_core.offsets import OffsetFit
+from charm_core.preferences import PairSummary
+from charm_core.selection import Selection
+from tasks.arena import Board
+from tasks.caching import step
+from tasks.reporting import (
+    BenchmarkRow,
+    BoardInfo,
+    CurvePoint,
+    Provenance,
+    ReportComparison,
+    ReportData,
+    ReportDomain,
+    ReportVariant,
+    TrainingCurve,
+    TruthReport,
+    VariantName,
+    model_card,
+    render_report,
+)
+from tasks.store import ArtifactRef, ArtifactStore
+from tasks.training import Curve
+
+_CURVE_FIELDS = ("step", "loss", "learning_rate", "accuracy", "margin_mean")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DomainParts(_Part):
+    """One set of prompts and policy models, by what is stored about it."""
+
+    label: str
+    description: str = ""
+    held_out_models: tuple[str, ...] = ()
+    variants: tuple[ArtifactRef, ...]
+    comparisons: tuple[ArtifactRef, ...] = ()
+
+
+class CurveParts(_Part):
+    """One training run, by its stored curve."""
+
+    variant: VariantName
+    label: str
+    curve: ArtifactRef
+
+
+class BenchmarkRows(_Part):
+    """Lines of the benchmark table."""
+
+    rows: tuple[BenchmarkRow, ...]
+
+
+class ReportParts(_Part):
+    """All that a report is made of."""
+
+    kind: Literal["audit", "calibrate"]
+    title: str
+    reward_model: str
+    base_model: str = ""
+    simulated: bool = False
+    board: Board
+    domains: tuple[DomainParts, ...]
+    selection: Selection | None = None
+    offsets: ArtifactRef | None = None
+    pairs: PairSummary | None = None
+    curves: tuple[CurveParts, ...] = ()
+    benchmarks: tuple[ArtifactRef, ...] = ()
+    truth: ArtifactRef | None = None
+    warnings: tuple[str, ...] = ()
+    provenance: Provenance
+
+
+class Report(_Part):
+    """A finished report."""
+
+    html: ArtifactRef
+    data: ArtifactRef
+    card: ArtifactRef | None
+
+
+@step(version=1)
+def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
+    """Gather the results, render the page and, for a calibration, the model card."""
+    data = ReportData(
+        **parts.model_dump(include={"kind", "title", "reward_model", "base_model", "simulated", "warnings"}),
+        board=_board_info(parts.board),
+        domains=tuple(_domain(store, domain) for domain in parts.domains),
+        selection=parts.selection,
+        offsets=store.read_record(parts.offsets, OffsetFit) if parts.offsets else None,
+        pairs=parts.pairs,
+        curves=tuple(_curve(store, curve) for curve in parts.curves),
+        benchmarks=tuple(row for ref in parts.benchmarks for row in store.read_record(ref, BenchmarkRows).rows),
+        truth=store.read_record(parts.truth, TruthReport) if parts.truth else None,
+        provenance=parts.provenance,
+    )
+    card = store.write_bytes(model_card(data).encode(), "model_card", ".md") if parts.kind == "calibrate" else None
+    return Report(
+        html=store.write_bytes(render_report(data).encode(), "report", ".html"),
+        data=store.write_record(data, "report_data"),
+        card=card,
+    )
+
+
+def _board_info(board: Board) -> BoardInfo:
+    return BoardInfo(
+        name=board.source,
+        category=board.category,
+        style_control=board.style_control,
+        date=board.date.isoformat() if board.date else "",
+        source=board.source,
+        digest=board.ratings.digest,
+        note="; ".join(board.notes),
+    )
+
+
+def _domain(store: ArtifactStore, parts: DomainParts) -> ReportDomain:
+    return ReportDomain(
+        label=parts.label,
+        description=parts.description,
+        held_out_models=parts.held_out_models,
+        variants=tuple(store.read_record(ref, ReportVariant) for ref in parts.variants),
+        comparisons=tuple(store.read_record(ref, ReportComparison) for ref in parts.comparisons),
+    )
+
+
+def _curve(store: ArtifactStore, parts: CurveParts) -> TrainingCurve:
+    steps = store.read_record(parts.curve, Curve).steps
+    return TrainingCurve(
+        variant=parts.variant,
+        label=parts.label,
+        points=tuple(
+            CurvePoint(
+                **{name: record.get(name) for name in _CURVE_FIELDS},
+                held_out_loss=record.get("eval_loss"),
+                held_out_accuracy=record.get("eval_accuracy"),
+            )
+            for record in steps
+        ),
+    )

@@ -1,0 +1,414 @@
+"""The figures of the report: numbers in, SVG text out.
+
+A figure is drawn in CSS pixels and in one of two widths, ``WIDE`` for a desk and ``NARROW`` for a phone, so that its
+text is never scaled below a readable size. Colours are placeholders until ``themed`` turns them into CSS variables
+(both themes work) or ``standalone`` into plain colours. The same numbers give the same bytes: no date, ids with a fixed
+salt. Estimates without a value are left out; an interval that is open at one end is drawn up to the value.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from itertools import product
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from charm_core.records import Estimate
+
+WIDE = 912
+NARROW = 336
+
+# placeholder, plain colour on white; the name is the CSS variable's; Okabe and Ito's hues are safe for colour blindness
+_COLOURS = {
+    "ink": ("#000001", "#1a1d21"),
+    "muted": ("#000002", "#5a626c"),
+    "grid": ("#000003", "#e2e5e9"),
+    "band": ("#000004", "#f1f3f5"),
+    "surface": ("#000005", "#ffffff"),
+    "untouched": ("#000006", "#d55e00"),
+    "control": ("#000007", "#6f7680"),
+    "calibrated": ("#000008", "#0072b2"),
+    "offsets": ("#000009", "#009e73"),
+}
+_INK, _MUTED, _GRID, _BAND, _SURFACE = (placeholder for placeholder, _ in list(_COLOURS.values())[:5])
+_MARKERS = {"untouched": "o", "control": "s", "calibrated": "D", "offsets": "^"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.edgecolor": _MUTED,
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": _MUTED,
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": _GRID,
+    "text.color": _INK,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "butt",
+}
+_CHARACTER = 7.0  # width that is reserved for a character of 12 px, whatever sans-serif face the browser has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What every figure has."""
+
+    name: str
+    """Prefix of the ids in the SVG, unique within a page."""
+    width: int
+    """``WIDE`` or ``NARROW``."""
+    description: str
+    """What the figure shows, for those who do not see it."""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is the figure for a phone."""
+        return self.width < WIDE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One variant's estimates by row; rows in ``hollow`` (not significant) get an empty marker."""
+
+    variant: str
+    label: str
+    estimates: Mapping[str, Estimate]
+    hollow: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A dot of a scatter panel. Points with a higher priority get their label first, as far as there is room."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    label: str = ""
+    priority: float = 0.0
+    hollow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One variant's scatter plot or curve."""
+
+    variant: str
+    title: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxPanel:
+    """One variant's distributions, from top to bottom: label to the 5, 25, 50, 75 and 95 % quantiles."""
+
+    variant: str
+    title: str
+    quantiles: Mapping[str, tuple[float, float, float, float, float]]
+
+
+def themed(svg: str) -> str:
+    """Replace the placeholder colours by CSS variables, for inlining in the report."""
+    for name, (placeholder, _) in _COLOURS.items():
+        svg = svg.replace(placeholder, f"var(--{name})")
+    return svg
+
+
+def standalone(svg: str) -> bytes:
+    """Replace the placeholder colours by plain ones on white: an SVG file of its own."""
+    for placeholder, plain in _COLOURS.values():
+        svg = svg.replace(placeholder, plain)
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg ", f'<svg {namespaces} style="background:#ffffff" ', 1).encode()
+
+
+def forest(frame: Frame, series: Sequence[Series], rows: Sequence[str], unit: str, marks: Mapping[str, str]) -> str:
+    """Draw dots with intervals: one band per row, the variants one under the other within it.
+
+    Args:
+        frame: Name, width and description.
+        series: One or more variants; a variant need not have every row.
+        rows: Row names from top to bottom.
+        unit: Label of the value axis.
+        marks: Row name to a remark behind it ("held out"); such rows are shaded.
+    """
+    labels = [
+        _shorten(row, 36 - len(marks.get(row, ""))) + (f" ({marks[row]})" if row in marks else "") for row in rows
+    ]
+    label_lane = 18 if frame.narrow else 0
+    pitch = label_lane + max(13 * len(series) + 9, 24)
+    legend = 0 if len(series) < 2 else 24 * -(-len(series) // 2) if frame.narrow else 24
+    left = 10 if frame.narrow else 12 + max(len(label) for label in labels) * _CHARACTER
+    with _style(frame):
+        sheet = _sheet(frame.width, legend + pitch * len(rows) + 76)
+        axes = _axes(sheet, left, legend + 26, frame.width - left - 14, pitch * len(rows))
+        axes.set(ylim=(pitch * len(rows), 0), yticks=[])
+        axes.grid(axis="x")
+        axes.axvline(0, color=_INK, linewidth=1)
+        axes.tick_params(axis="x", labeltop=True)
+        _value_axis(axes, unit, 5 if frame.narrow else 9)
+        for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
+            _row_frame(axes, label, index * pitch, pitch, frame.narrow, row in marks)
+            first = index * pitch + label_lane + (pitch - label_lane - 13 * (len(series) - 1)) / 2
+            for lane, one in enumerate(series):
+                if row in one.estimates:
+                    _dot(axes, one.variant, first + 13 * lane, one.estimates[row], hollow=row in one.hollow)
+        _legend(sheet, [(one.variant, one.label) for one in series], 2 if frame.narrow else 4)
+        return _svg(sheet, frame)
+
+
+def scatter(
+    frame: Frame, panels: Sequence[Panel], labels: tuple[str, str], *, diagonal: bool = False, share_y: bool = True
+) -> str:
+    """Draw one scatter panel per variant: two by two on a desk, one under the other on a phone.
+
+    Args:
+        frame: Name, width and description.
+        panels: The panels; they share the x axis.
+        labels: Labels of the x and the y axis, with units.
+        diagonal: Draw the line y = x.
+        share_y: One y range for all panels; each its own otherwise.
+    """
+    columns = 1 if frame.narrow else 2
+    width = (frame.width - 70 * columns - 12) / columns
+    height = width if frame.narrow else min(width, 330)
+    everything = [point for panel in panels for point in panel.points]
+    with _style(frame):
+        sheet = _sheet(frame.width, (height + 92) * -(-len(panels) // columns))
+        for index, panel in enumerate(panels):
+            row, column = divmod(index, columns)
+            axes = _axes(sheet, 62 + column * (width + 70), 34 + row * (height + 92), width, height)
+            axes.set(title=panel.title, xlabel=labels[0], ylabel=labels[1])
+            axes.set_xlim(*_range([point.x for point in everything]))
+            shown = everything if share_y else panel.points
+            axes.set_ylim(*_range([y for point in shown for y in _extent(point.low, point.y, point.high)]))
+            axes.grid()
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(6))
+            if diagonal:
+                axes.axline((0, 0), slope=1, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+            _points(axes, panel, width, height)
+        return _svg(sheet, frame)
+
+
+def boxes(frame: Frame, panels: Sequence[BoxPanel], unit: str) -> str:
+    """Draw distributions: a line from 5 to 95 %, a bar from 25 to 75 %, a gap at the median; one panel per variant.
+
+    Args:
+        frame: Name, width and description.
+        panels: The panels, each with its own axis: reward models differ in scale.
+        unit: Label of the value axis.
+    """
+    longest = max(len(label) for panel in panels for label in panel.quantiles)
+    left = 12 + min(longest * _CHARACTER, 126 if frame.narrow else 230)
+    columns = 1 if frame.narrow else min(len(panels), 2)
+    width = (frame.width - (left + 14) * columns) / columns
+    height = 20 * max(len(panel.quantiles) for panel in panels)
+    with _style(frame):
+        sheet = _sheet(frame.width, (height + 84) * -(-len(panels) // columns))
+        for index, panel in enumerate(panels):
+            row, column = divmod(index, columns)
+            axes = _axes(sheet, left + column * (width + left + 14), 30 + row * (height + 84), width, height)
+            axes.set(title=panel.title, ylim=(height, 0))
+            axes.grid(axis="x")
+            names = [_shorten(label, int((left - 8) / _CHARACTER)) for label in panel.quantiles]
+            axes.set_yticks([20 * i + 10 for i in range(len(names))], names, color=_INK)
+            for i, quantiles in enumerate(panel.quantiles.values()):
+                _box(axes, panel.variant, 20 * i + 10, quantiles)
+            _value_axis(axes, unit, max(3, int(width // 60)))
+        return _svg(sheet, frame)
+
+
+def curves(frame: Frame, panels: Sequence[Panel], labels: tuple[str, str]) -> str:
+    """Draw curves over each other, with a legend above.
+
+    Args:
+        frame: Name, width and description.
+        panels: One curve each, points in order of x; the title goes into the legend.
+        labels: Labels of the x and the y axis, with units.
+    """
+    with _style(frame):
+        sheet = _sheet(frame.width, 300)
+        axes = _axes(sheet, 62, 36, frame.width - 76, 210)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.grid()
+        for panel in panels:
+            axes.plot(
+                [point.x for point in panel.points],
+                [point.y for point in panel.points],
+                color=_colour(panel.variant),
+                linewidth=1.8,
+                linestyle="--" if panel.variant == "control" else "-",
+                marker=_MARKERS[panel.variant] if len(panel.points) < 12 else None,
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        _legend(sheet, [(panel.variant, panel.title) for panel in panels], 2)
+        return _svg(sheet, frame)
+
+
+def _row_frame(axes: Axes, label: str, y: float, pitch: float, narrow: bool, shaded: bool) -> None:
+    if shaded:
+        axes.axhspan(y, y + pitch, color=_BAND, linewidth=0, zorder=0)
+    axes.axhline(y + pitch, color=_GRID, linewidth=0.8)
+    where = (0, y + 14 if narrow else y + pitch / 2)
+    align = ("left", "baseline") if narrow else ("right", "center")
+    axes.annotate(
+        label, where, xycoords=("axes fraction", "data"), xytext=(2 if narrow else -8, 0), textcoords="offset points",
+        ha=align[0], va=align[1], zorder=5,
+    )  # fmt: skip
+
+
+def _dot(axes: Axes, variant: str, y: float, estimate: Estimate, *, hollow: bool) -> None:
+    if estimate.value is None:
+        return
+    extent = _extent(estimate.low, estimate.value, estimate.high)
+    if len(extent) > 1:
+        axes.plot(extent, [y] * len(extent), color=_colour(variant), linewidth=2, zorder=3)
+    _marker(axes, estimate.value, y, variant, hollow=hollow, size=6.5)
+
+
+def _marker(axes: Axes, x: float, y: float, variant: str, *, hollow: bool, size: float) -> None:
+    fill, edge = (_SURFACE if hollow else _colour(variant)), _colour(variant)
+    axes.plot([x], [y], _MARKERS[variant], ms=size, mfc=fill, mec=edge, mew=1.4, zorder=4)
+
+
+def _box(axes: Axes, variant: str, y: float, quantiles: tuple[float, float, float, float, float]) -> None:
+    low, lower, median, upper, high = quantiles
+    axes.plot([low, high], [y, y], color=_colour(variant), linewidth=1.4, zorder=3)
+    axes.plot([lower, upper], [y, y], color=_colour(variant), linewidth=10, zorder=3)
+    axes.plot([median, median], [y - 5, y + 5], color=_SURFACE, linewidth=2.4, zorder=4)
+
+
+def _points(axes: Axes, panel: Panel, width: float, height: float) -> None:
+    crowded = len(panel.points) > 150
+    for point in panel.points:
+        if not crowded:
+            extent = _extent(point.low, point.y, point.high)
+            axes.plot([point.x] * len(extent), extent, color=_colour(panel.variant), linewidth=1, alpha=0.5, zorder=3)
+        _marker(axes, point.x, point.y, panel.variant, hollow=point.hollow, size=3 if crowded else 5.5)
+    (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
+    places = {
+        point: ((point.x - x_low) / (x_high - x_low) * width, (point.y - y_low) / (y_high - y_low) * height)
+        for point in sorted(panel.points, key=lambda point: -point.priority)
+    }
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]
+    for point, (x, y) in places.items():
+        text = _shorten(point.label, 26)
+        spot = _free_spot(x, y, len(text) * _CHARACTER, taken, (width, height)) if text else None
+        if spot is not None:
+            taken.append(spot)
+            axes.annotate(text, (spot[0] / width, (spot[1] + 3.5) / height), xycoords="axes fraction", zorder=5)
+
+
+_Rectangle = tuple[float, float, float, float]
+
+
+def _free_spot(
+    x: float, y: float, length: float, taken: Sequence[_Rectangle], area: tuple[float, float]
+) -> _Rectangle | None:
+    """Where a label fits beside its point without touching a point or another label; None where it fits nowhere."""
+    beside = [(x + 8, y - 7), (x - 8 - length, y - 7)]
+    for left, bottom in beside + list(product((x - length / 2, x - 4, x + 4 - length), (y + 6, y - 20))):
+        spot = (left, bottom, left + length, bottom + 14)
+        inside = spot[0] >= 2 and spot[1] >= 0 and spot[2] <= area[0] and spot[3] <= area[1]
+        if inside and not any(spot[0] < t[2] and t[0] < spot[2] and spot[1] < t[3] and t[1] < spot[3] for t in taken):
+            return spot
+    return None
+
+
+def _sheet(width: float, height: float) -> Figure:
+    return Figure(figsize=(width / 72, height / 72), dpi=72)  # at 72 dpi a point is a pixel
+
+
+def _axes(sheet: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at a place in pixels from the top left corner."""
+    full_width, full_height = sheet.get_size_inches() * 72
+    place = (left / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height)
+    axes = sheet.add_axes(place, facecolor="none")
+    axes.tick_params(length=0, pad=5)
+    return axes
+
+
+def _value_axis(axes: Axes, unit: str, ticks: int) -> None:
+    axes.set_xlabel(unit)
+    axes.margins(x=0.04)
+    axes.xaxis.set_major_locator(MaxNLocator(ticks))
+
+
+def _legend(sheet: Figure, entries: Sequence[tuple[str, str]], columns: int) -> None:
+    if len(entries) > 1:
+        handles = [
+            Line2D(
+                [],
+                [],
+                color=_colour(variant),
+                marker=_MARKERS[variant],
+                ls="--" if variant == "control" else "-",
+                label=label,
+            )
+            for variant, label in entries
+        ]
+        sheet.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(0, 1), ncols=columns, handlelength=2, columnspacing=1.6
+        )
+
+
+def _colour(variant: str) -> str:
+    return _COLOURS[variant][0]
+
+
+def _shorten(text: str, length: int) -> str:
+    """Cut the middle out: the ends of model names tell them apart."""
+    tail = max(length // 2 - 1, 1)
+    return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"
+
+
+def _extent(*values: float | None) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = (high - low) * 0.08 or 1.0
+    return low - margin, high + margin
+
+
+@contextmanager
+def _style(frame: Frame) -> Iterator[None]:
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": frame.name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser's fonts draw the text
+        yield
+
+
+def _svg(sheet: Figure, frame: Frame) -> str:
+    buffer = BytesIO()
+    FigureCanvasSVG(sheet).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue().decode()
+    svg = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        lambda match: f'<svg viewBox="{match[1]}" role="img" aria-label="{escape(frame.description)}">',
+        svg,
+        count=1,
+    )
+    svg = re.sub(r"font: ([^;\"]*?)(\d+(?:\.\d+)?px) '[^;\"]*", r"font: \1\2 sans-serif", svg)
+    return re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{frame.name}-", svg)

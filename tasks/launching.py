@@ -1,0 +1,329 @@
+"""Training and scoring in processes of their own: the only part that starts, watches and ends them.
+
+One process tree per job. Whatever ends the caller's wait, an error in a callback, Ctrl-C or a cancelled flow run, ends the
+whole tree; and if the caller itself is killed, the workers notice and end.
+"""
+
+import logging
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TextIO
+
+import filelock
+import psutil
+
+from charm_core import errors
+from charm_core.errors import ConfigError, TrainingError, WorkerLostError
+from charm_core.reward_model.jobs import CurveRecord, Launch, ScoringJob, ScoringSummary, TrainingJob, TrainingOutcome
+from charm_core.reward_model.spec import TrainingConfig
+from charm_core.reward_model.worker import PROGRESS, identify
+from charm_core.reward_model.workdir import CURVE, FAILURE, LOG, Failure, claim, finished_outcome, read_curve, rewind
+
+logger = logging.getLogger(__name__)
+
+WORKER = "charm_core.reward_model.worker"
+LAUNCH = "launch.json"
+LOCK = "job.lock"
+TAIL_LINES = 30
+POLL_SECONDS = 0.1
+TERMINATE_SECONDS = 5.0
+
+# glibc returns freed tensors to the system and faults them in again, up to half of a training step on CPU.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+SIGNALLED = re.compile(r"exitcode\s*:\s*-(\d+)")
+"""How torchrun reports a rank that a signal has ended."""
+
+OnStep = Callable[[CurveRecord], None]
+OnLine = Callable[[str], None]
+
+
+def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | None = None) -> TrainingOutcome:
+    """Train in processes of their own and wait for the result.
+
+    A job whose work folder holds a checkpoint goes on from there; one that has finished is not run again. Two callers with
+    the same work folder take turns, and the second finds the first one's result. Callbacks run in the calling thread.
+
+    Args:
+        job: What to train. ``job.config.ranks`` processes, or one for plain training.
+        on_step: Called with every record of the curve in order, also with those of steps done by an earlier run.
+        log: Called with every line that the processes print; all of it is also appended to ``training.log``.
+
+    Returns:
+        What the training reports.
+
+    Raises:
+        WorkerLostError: A process was killed; run again to go on from the last checkpoint.
+        ModelError, TableError, ConfigError, ArtifactError: The job cannot be done as it is.
+        TrainingError: Anything else; its message ends with the last lines of the log.
+    """
+    claim(job)
+    with filelock.FileLock(job.work_dir / LOCK):
+        outcome = finished_outcome(job)
+        if outcome is None:
+            rewind(job.work_dir)
+            launch = job.work_dir / LAUNCH
+            launch.write_text(Launch(training=job, parent=identify(os.getpid())).model_dump_json())
+            curve = _CurveReader(job.work_dir / CURVE, on_step)
+            with open(job.work_dir / LOG, "a", encoding="utf-8") as log_file:
+                _run(_training_command(launch, job.config), _environment(job.config), launch.parent, log_file, log, curve.poll)
+            curve.poll()
+            outcome = finished_outcome(job)
+            if outcome is None:
+                raise TrainingError(f"the training process ended without an outcome in {job.work_dir}; see {LOG} there")
+        else:
+            for record in read_curve(job.work_dir) if on_step else []:
+                on_step(record)  # type: ignore[misc]
+    return outcome
+
+
+def run_scoring(job: ScoringJob, on_progress: Callable[[int, int], None] | None = None, log: OnLine | None = None) -> ScoringSummary:
+    """Score in a process of its own, which returns its memory when it ends.
+
+    Args:
+        job: What to score; the scores are at ``job.scores_path`` afterwards.
+        on_progress: Called with (texts scored, texts to score).
+        log: Called with every other line that the process prints.
+
+    Raises:
+        WorkerLostError: The process was killed.
+        ModelError, TableError: The job cannot be done as it is.
+    """
+
+    def line(text: str) -> None:
+        if text.startswith(PROGRESS) and on_progress is not None:
+            done, total = text.removeprefix(PROGRESS).split()
+            on_progress(int(done), int(total))
+        elif log is not None:
+            log(text)
+
+    with TemporaryDirectory(prefix="charm-scoring-") as folder:
+        launch = Path(folder) / LAUNCH
+        launch.write_text(Launch(scoring=job, parent=identify(os.getpid())).model_dump_json())
+        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, None, line, lambda: None)
+    return ScoringSummary.model_validate_json(job.scores_path.with_suffix(".json").read_text())
+
+
+def rank_count(config: TrainingConfig) -> int:
+    """How many processes a configuration means on this machine.
+
+    Raises:
+        ConfigError: More than there are GPUs.
+    """
+    if config.zero_stage is None:
+        return 1
+    gpus = _gpu_count()
+    if config.ranks == "auto":
+        return gpus or min(2, _cores())
+    if gpus and config.ranks > gpus:
+        raise ConfigError(f"ranks={config.ranks}, but this machine has {gpus} GPUs; use ranks='auto'")
+    return config.ranks
+
+
+def _training_command(launch: Path, config: TrainingConfig) -> list[str]:
+    worker = ["-m", WORKER, str(launch)]
+    if config.zero_stage is None:
+        return [sys.executable, *worker]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(rank_count(config))]
+    return [sys.executable, *torchrun, *worker]
+
+
+def _environment(config: TrainingConfig | None) -> dict[str, str]:
+    """The environment of the workers; the thread count is all cores for scoring and plain training."""
+    if config is None or config.threads_per_rank == "auto":
+        threads = max(1, _cores() // (rank_count(config) if config else 1))
+    else:
+        threads = config.threads_per_rank
+    checkout = str(Path(errors.__file__).parents[1])
+    paths = [checkout, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        **({} if _gpu_count() else ALLOCATOR),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _run(
+    command: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    log_file: TextIO | None,
+    log: OnLine | None,
+    poll: Callable[[], None],
+) -> None:
+    """Run a worker to its end, passing on its output and calling ``poll`` now and then.
+
+    Raises:
+        CharmError: It failed; which one, the worker's own report or the way it ended says.
+    """
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    with _process_tree(command, environment) as process:
+        lines = _lines_of(process)
+        while True:
+            try:
+                line = lines.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                poll()
+                continue
+            if line is None:
+                break
+            tail.append(line)
+            if log_file is not None:
+                log_file.write(line + "\n")
+                log_file.flush()
+            if log is not None:
+                log(line)
+            poll()
+        status = process.wait()
+    if status != 0:
+        raise _failure(status, folder, list(tail))
+
+
+@contextmanager
+def _process_tree(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process in a group of its own; it and all its descendants have ended when the block is left."""
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    family = _Family(process.pid)
+    try:
+        yield process
+    finally:
+        family.end()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+class _Family:
+    """A process and its descendants. torchrun gives every rank a session of its own, so its group is not enough."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = psutil.Process(pid)
+        self._known: dict[int, psutil.Process] = {pid: self._root}
+        self._stopped = threading.Event()
+        # Ranks must be known before torchrun dies: orphans have no parent by which to find them.
+        self._watch = threading.Thread(target=self._look, name="watch-family", daemon=True)
+        self._watch.start()
+
+    def end(self) -> None:
+        """Ask all of them to end, then kill those that have not."""
+        self._stopped.set()
+        self._watch.join()
+        self._collect()
+        members = [member for member in self._known.values() if member.is_running()]
+        for member in members:
+            _send(member.terminate)
+        _, stubborn = psutil.wait_procs(members, timeout=TERMINATE_SECONDS)
+        self._collect()
+        for member in {*stubborn, *(member for member in self._known.values() if member.is_running())}:
+            _send(member.kill)
+        psutil.wait_procs(list(self._known.values()), timeout=TERMINATE_SECONDS)
+
+    def _look(self) -> None:
+        while not self._stopped.wait(0.2):
+            self._collect()
+
+    def _collect(self) -> None:
+        for member in list(self._known.values()):
+            try:
+                children = member.children(recursive=True)
+            except psutil.NoSuchProcess:
+                continue
+            self._known.update({child.pid: child for child in children})
+
+
+def _send(signal_to: Callable[[], None]) -> None:
+    try:
+        signal_to()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _lines_of(process: subprocess.Popen[str]) -> "queue.Queue[str | None]":
+    """The process's output, line by line as it comes; None when it has ended."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        try:
+            for line in process.stdout or []:
+                lines.put(line.rstrip("\n"))
+        except ValueError:
+            logger.debug("the output of process %d was closed while it was read", process.pid)
+        finally:
+            lines.put(None)
+
+    threading.Thread(target=read, name="read-worker-output", daemon=True).start()
+    return lines
+
+
+class _CurveReader:
+    """Passes on the lines that are added to the curve."""
+
+    def __init__(self, path: Path, on_step: OnStep | None) -> None:
+        self._folder, self._on_step, self._seen = path.parent, on_step, 0
+        self._path, self._size = path, -1
+
+    def poll(self) -> None:
+        """Call ``on_step`` with every record that is new."""
+        if self._on_step is None or not self._path.exists() or self._path.stat().st_size == self._size:
+            return
+        self._size = self._path.stat().st_size
+        records = read_curve(self._folder)
+        for record in records[self._seen :]:
+            self._seen += 1
+            self._on_step(record)
+
+
+def _failure(status: int, folder: Path, tail: list[str]) -> errors.CharmError:
+    """The error that says why a worker ended with this status."""
+    log = "\n".join(tail)
+    report = folder / FAILURE
+    if report.exists():
+        failure = Failure.model_validate_json(report.read_text())
+        known = getattr(errors, failure.kind, None)
+        if known is not None:
+            return known(failure.message)  # type: ignore[no-any-return]
+        return TrainingError(f"the worker failed: {failure.message}\nThe end of its log:\n{log}")
+    signalled = SIGNALLED.search(log)
+    if status < 0 or signalled:
+        number = -status if status < 0 else int(signalled.group(1)) if signalled else 0
+        return WorkerLostError(
+            f"a worker process was ended by signal {number} (9 is often the system, out of memory); run again to go on from the last "
+            f"checkpoint\nThe end of its log:\n{log}"
+        )
+    return TrainingError(f"the worker ended with status {status}\nThe end of its log:\n{log}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu_count() -> int:
+    """GPUs that the workers would see, asked of torch without making a CUDA context."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

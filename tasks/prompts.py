@@ -1,0 +1,100 @@
+"""Prompts and responses: read a table of them, and keep some prompts and policy models out of the calibration."""
+
+from typing import Any
+
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field
+
+from charm_core.responses import ColumnNames, SplitConfig, ingest_responses, split_prompts
+from charm_core.tables import PROMPTS, RESPONSES
+from tasks.caching import step
+from tasks.store import ArtifactRef, ArtifactStore, SourceFile, read_source
+
+
+class ResponsesConfig(BaseModel):
+    """A table with one row per response."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(description="Parquet, CSV, JSON or JSON-lines file.")
+    columns: ColumnNames = Field(default=ColumnNames(), description="What its columns are called.")
+    where: dict[str, str] = Field(default={}, description="Keep rows whose column equals the value.")
+    prompt_sets: tuple[str, ...] = Field(default=(), description="Keep these prompt sets; all if empty.")
+    policy_models: tuple[str, ...] = Field(default=(), description="Keep these policy models; all if empty.")
+    trained_on: str | None = Field(
+        default=None,
+        description="Text file of prompt ids, one a line, that the reward model was trained on: never held out.",
+    )
+    exclude_trained_on: bool = Field(
+        default=False, description="Leave the prompts of trained_on out of the calibration too."
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What goes into cache keys: the files come in by their content."""
+        return self.model_dump(mode="json", exclude={"source", "trained_on"})
+
+
+class ResponseSet(BaseModel):
+    """Prompts and the responses to them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: ArtifactRef
+    responses: ArtifactRef
+    policy_models: tuple[str, ...]
+    empty_responses: int = 0
+
+
+@step(version=1)
+def load_responses(
+    store: ArtifactStore, file: SourceFile, config: ResponsesConfig, trained_on: SourceFile | None
+) -> ResponseSet:
+    """Read responses that exist already."""
+    ingested = ingest_responses(
+        read_source(file),
+        config.columns,
+        where=config.where,
+        prompt_sets=config.prompt_sets,
+        policy_models=config.policy_models,
+        exclude_prompts=_ids(trained_on) if config.exclude_trained_on else (),
+    )
+    return ResponseSet(
+        prompts=store.write_table(ingested.prompts, PROMPTS),
+        responses=store.write_table(ingested.responses, RESPONSES),
+        policy_models=_policy_models(ingested.responses),
+        empty_responses=ingested.empty_responses,
+    )
+
+
+@step(version=1)
+def split_responses(
+    store: ArtifactStore, responses: ResponseSet, config: SplitConfig, trained_on: SourceFile | None
+) -> ArtifactRef:
+    """Decide which prompts are held out, before anything is fitted."""
+    split = split_prompts(store.read_table(responses.prompts, PROMPTS), config, never_held_out=_ids(trained_on))
+    return store.write_frame(split, "split")
+
+
+@step(version=1)
+def select_responses(
+    store: ArtifactStore, responses: ResponseSet, split: ArtifactRef, parts: tuple[str, ...]
+) -> ResponseSet:
+    """The responses to the prompts of some parts of the split."""
+    chosen = store.read_frame(split).filter(pl.col("part").is_in(parts)).select("prompt_id")
+    kept = store.read_table(responses.responses, RESPONSES).join(chosen, on="prompt_id", how="semi")
+    prompts = store.read_table(responses.prompts, PROMPTS).join(chosen, on="prompt_id", how="semi")
+    return ResponseSet(
+        prompts=store.write_table(prompts, PROMPTS),
+        responses=store.write_table(kept, RESPONSES),
+        policy_models=_policy_models(kept),
+        empty_responses=kept.filter(pl.col("response").str.strip_chars() == "").height,
+    )
+
+
+def _policy_models(responses: pl.DataFrame) -> tuple[str, ...]:
+    return tuple(responses.get_column("policy_model").unique().sort().to_list())
+
+
+def _ids(file: SourceFile | None) -> list[str]:
+    """One id per line."""
+    return [line.strip() for line in file.read_text().splitlines() if line.strip()] if file else []

@@ -1,0 +1,162 @@
+"""Scores: identify a reward model by its weights, score responses with it, or read scores and preferences that exist."""
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field
+
+from charm_core.errors import ConfigError, ModelError
+from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
+from charm_core.reward_model.spec import RewardModelSpec
+from charm_core.responses import ColumnNames, ingest_preferences, ingest_scores, ingest_win_rates
+from charm_core.tables import PREFERENCES, PROMPTS, RESPONSES, SCORES, WIN_RATES
+from tasks.caching import step
+from tasks.launching import run_scoring
+from tasks.prompts import ResponseSet
+from tasks.publishing import report_progress
+from tasks.store import ArtifactRef, ArtifactStore, SourceFile, file_digest, read_source
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NOT_WEIGHTS = {"README.md", ".gitattributes"}
+
+
+class ScoresConfig(BaseModel):
+    """A table of scores, or of pairwise preferences, that exists already."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(description="Parquet, CSV, JSON or JSON-lines file.")
+    columns: ColumnNames = Field(default=ColumnNames(), description="What its columns are called.")
+    where: dict[str, str] = Field(default={}, description="Keep rows whose column equals the value.")
+    policy_models: tuple[str, ...] = Field(default=(), description="Keep these policy models; all if empty.")
+    opponent: str | None = Field(default=None, description="Win rates only: the one opponent, where no column names it.")
+    percent: bool = Field(default=False, description="Win rates only: they and their standard errors are in percent.")
+
+    def identity(self) -> dict[str, Any]:
+        """What goes into cache keys: the file comes in by its content."""
+        return self.model_dump(mode="json", exclude={"source"})
+
+
+class RewardModelRef(BaseModel):
+    """A reward model, identified by its weights: not by where they lie."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: RewardModelSpec
+    digest: str
+    folder: ArtifactRef | None = Field(default=None, description="Where it is one of ours.")
+
+    def identity(self) -> dict[str, Any]:
+        """What goes into cache keys."""
+        return {"digest": self.digest, "spec": self.spec.model_dump(mode="json", exclude={"path", "revision"})}
+
+    @contextmanager
+    def local_spec(self, store: ArtifactStore) -> Iterator[RewardModelSpec]:
+        """The spec with a path that exists on this machine, its content verified."""
+        if self.folder is None:
+            yield self.spec
+            return
+        with store.local_folder(self.folder) as path:
+            yield self.spec.model_copy(update={"path": str(path)})
+
+
+class Scored(BaseModel):
+    """Scores, and what scoring met."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scores: ArtifactRef
+    summary: ScoringSummary
+
+
+class LoadedTable(BaseModel):
+    """Scores, preferences or win rates that exist already, and whom they are about."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    table: ArtifactRef
+    policy_models: tuple[str, ...]
+
+
+def identify_reward_model(spec: RewardModelSpec) -> RewardModelRef:
+    """Identify a reward model by a digest of its folder, or by its hub revision.
+
+    Raises:
+        ModelError: There is no such folder.
+        ConfigError: A hub id without a commit hash: what it stands for could change between two runs.
+    """
+    folder = Path(spec.path).expanduser()
+    if folder.is_dir():
+        files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _NOT_WEIGHTS}
+        digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        return RewardModelRef(spec=spec.model_copy(update={"path": str(folder.resolve())}), digest=digest)
+    if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1:
+        raise ModelError(f"there is no reward model folder {spec.path!r}; correct reward_model.path")
+    if not _COMMIT.fullmatch(spec.revision or ""):
+        raise ConfigError(
+            f"reward model {spec.path!r} is a hub id: set reward_model.revision to the commit hash of the version you mean, "
+            f"not {spec.revision!r}"
+        )
+    return RewardModelRef(spec=spec, digest=f"hub:{spec.path}@{spec.revision}")
+
+
+@step(version=1)
+def score_responses(store: ArtifactStore, model: RewardModelRef, responses: ResponseSet) -> Scored:
+    """Score responses in a process of their own."""
+    with tempfile.TemporaryDirectory(prefix="charm-scoring-") as folder, model.local_spec(store) as spec:
+        job = ScoringJob(
+            model=spec,
+            prompts_path=Path(folder, "prompts.parquet"),
+            responses_path=Path(folder, "responses.parquet"),
+            scores_path=Path(folder, "scores.parquet"),
+        )
+        store.read_table(responses.prompts, PROMPTS).write_parquet(job.prompts_path)
+        store.read_table(responses.responses, RESPONSES).write_parquet(job.responses_path)
+        with report_progress("scoring") as progress:
+            summary = run_scoring(job, progress)
+        return Scored(scores=store.write_table(pl.read_parquet(job.scores_path), SCORES), summary=summary)
+
+
+@step(version=1)
+def load_scores(store: ArtifactStore, file: SourceFile, config: ScoresConfig) -> LoadedTable:
+    """Read scores that exist already."""
+    scores = ingest_scores(read_source(file), config.columns, where=config.where)
+    if config.policy_models:
+        scores = scores.filter(pl.col("policy_model").is_in(config.policy_models))
+    return LoadedTable(table=store.write_table(scores, SCORES), policy_models=_names(scores, "policy_model"))
+
+
+@step(version=1)
+def load_preferences(store: ArtifactStore, file: SourceFile, config: ScoresConfig) -> LoadedTable:
+    """Read a judge's pairwise preferences."""
+    preferences = _among(ingest_preferences(read_source(file), config.columns, where=config.where), config)
+    return LoadedTable(
+        table=store.write_table(preferences, PREFERENCES), policy_models=_names(preferences, "model_a", "model_b")
+    )
+
+
+@step(version=1)
+def load_win_rates(store: ArtifactStore, file: SourceFile, config: ScoresConfig) -> LoadedTable:
+    """Read published win rates, one row per pair of policy models."""
+    published = ingest_win_rates(
+        read_source(file), config.columns, where=config.where, opponent=config.opponent, percent=config.percent
+    )
+    win_rates = _among(published, config)
+    return LoadedTable(table=store.write_table(win_rates, WIN_RATES), policy_models=_names(win_rates, "model_a", "model_b"))
+
+
+def _among(pairs: pl.DataFrame, config: ScoresConfig) -> pl.DataFrame:
+    if not config.policy_models:
+        return pairs
+    return pairs.filter(pl.col("model_a").is_in(config.policy_models) & pl.col("model_b").is_in(config.policy_models))
+
+
+def _names(table: pl.DataFrame, *columns: str) -> tuple[str, ...]:
+    return tuple(pl.concat([table.get_column(column) for column in columns]).unique().sort().to_list())

@@ -1,0 +1,143 @@
+"""Fine-tuning: pairs in, a reward model folder and its training curve out."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+from prefect.tasks import Task
+from pydantic import BaseModel, ConfigDict, Field
+
+from charm_core.errors import WorkerLostError
+from charm_core.reward_model.jobs import TrainingJob, TrainingOutcome
+from charm_core.reward_model.spec import TrainingConfig
+from charm_core.tables import PAIRS
+from tasks.caching import content_key, step
+from tasks.launching import run_training
+from tasks.publishing import run_logger
+from tasks.scoring import RewardModelRef
+from tasks.store import ArtifactRef, ArtifactStore
+from tasks.tracking import TrackedRun, current_run
+
+_SECONDS_BETWEEN_POINTS = 2.0
+
+
+class TrainingSummary(BaseModel):
+    """What fine-tuning met; the same for every run of the same job, interrupted or not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int
+    ranks: int
+    train_pairs: int
+    train_prompts: int
+    held_out_pairs: int
+    texts: int = Field(description="Distinct texts; each is encoded once per step, however many pairs it is in.")
+    tokens_trained: int
+    tokens_if_pairwise: int
+    prompts_cut: int
+    responses_cut: int
+    margin_scale: float | None
+    first_loss: float
+    last_loss: float
+    evaluation_before: dict[str, float] | None
+    evaluation_after: dict[str, float] | None
+
+
+class Curve(BaseModel):
+    """The training curve, one record per optimiser step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: list[dict[str, Any]]
+
+
+class TrainedModel(BaseModel):
+    """A fine-tuned reward model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: RewardModelRef
+    curve: ArtifactRef
+    summary: TrainingSummary
+
+
+def _worker_was_lost(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Only a process that was killed from outside is worth another try; it goes on from its last checkpoint."""
+    return isinstance(state.result(raise_on_failure=False), WorkerLostError)
+
+
+@step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=_worker_was_lost)
+def train_reward_model(
+    store: ArtifactStore, name: str, base: RewardModelRef, pairs: ArtifactRef, config: TrainingConfig
+) -> TrainedModel:
+    """Fine-tune a reward model in processes of its own, from its last checkpoint if there is one.
+
+    Args:
+        store: Where the pairs are and the result goes.
+        name: Of the nested MLflow run with the live curve.
+        base: Where training starts.
+        pairs: PAIRS.
+        config: How.
+    """
+    work = Path(store.work_folder, content_key("train", 1, {"base": base, "pairs": pairs, "config": config}))
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="charm-training-") as folder, base.local_spec(store) as spec:
+        pairs_path = Path(folder, "pairs.parquet")
+        store.read_table(pairs, PAIRS).write_parquet(pairs_path)
+        job = TrainingJob(
+            model=spec, pairs_path=pairs_path, output_dir=work / "model", work_dir=work / "progress", config=config
+        )
+        with _live_curve(name) as on_step:
+            outcome = run_training(job, on_step, run_logger().info)
+        return _stored(store, base, outcome, work)
+
+
+def _stored(store: ArtifactStore, base: RewardModelRef, outcome: TrainingOutcome, work: Path) -> TrainedModel:
+    folder = store.write_folder(outcome.model_dir, "reward_model")
+    curve = store.write_record(Curve(steps=read_curve(work / "progress" / "curve.jsonl")), "curve")
+    spec = base.spec.model_copy(update={"path": folder.uri, "revision": None})
+    summary = TrainingSummary.model_validate(outcome.model_dump(exclude={"model_dir"}))
+    return TrainedModel(
+        model=RewardModelRef(spec=spec, digest=folder.digest, folder=folder), curve=curve, summary=summary
+    )
+
+
+def log_training(store: ArtifactStore, run: TrackedRun, models: Mapping[str, TrainedModel]) -> None:
+    """Log what training did, from returned values, so that it is there on a cached run too.
+
+    The curve of a model that was trained in this run is in its nested run already.
+    """
+    for name, trained in models.items():
+        numbers = trained.summary.model_dump(exclude={"evaluation_before", "evaluation_after"})
+        run.log_metrics({f"training/{name}/{key}": value for key, value in numbers.items()})
+        if name not in run.nested_names:
+            with run.nested(name, {"charm.cached": "true"}) as nested:
+                nested.log_curve(store.read_record(trained.curve, Curve).steps)
+
+
+@contextlib.contextmanager
+def _live_curve(name: str) -> Iterator[Any]:
+    """Log the curve while training runs, to a nested run of the flow's MLflow run if there is one."""
+    parent = current_run()
+    if parent is None:
+        yield lambda record: None
+        return
+    with parent.nested(name) as run:
+        waiting: list[dict[str, Any]] = []
+        last = time.monotonic()
+
+        def on_step(record: dict[str, Any]) -> None:
+            nonlocal last
+            waiting.append(record)
+            if time.monotonic() - last > _SECONDS_BETWEEN_POINTS:
+                run.log_curve(waiting)
+                waiting.clear()
+                last = time.monotonic()
+
+        yield on_step
+        run.log_curve(waiting)
