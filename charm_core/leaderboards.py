@@ -57,7 +57,7 @@ def ratings_from_snapshots(
         raise RatingsError(f"the snapshots table lacks the columns {missing}; it has {snapshots.columns}")
     if date is None:
         raise RatingsError("a table of many snapshots needs arena.date; give the date of the one to use")
-    board = _typed(_trusted(snapshots)).filter(
+    board = _trusted(_typed(snapshots)).filter(
         pl.col("category") == category,
         pl.col("style_control") == style_control,
         pl.lit(True) if publisher is None else pl.col("source") == publisher,
@@ -102,7 +102,7 @@ def ratings_from_catalog(document: Mapping[str, Any], *, category: str) -> pl.Da
 def _trusted(snapshots: pl.DataFrame) -> pl.DataFrame:
     kept = snapshots
     if "relabelled" in kept.columns:
-        kept = kept.filter(~pl.col("relabelled").fill_null(value=False))
+        kept = kept.filter(~pl.col("relabelled").cast(pl.Boolean).fill_null(value=False))
     if "rating_system" in kept.columns:
         kept = kept.filter(pl.col("rating_system").fill_null("bradley_terry") != "online_elo")
     return kept
@@ -116,10 +116,9 @@ def _typed(snapshots: pl.DataFrame) -> pl.DataFrame:
         raise RatingsError(
             f"column 'date' of the snapshots must hold dates such as 2025-02-28, not {dates.head(3).to_list()}"
         )
-    if snapshots.schema["style_control"] != pl.Boolean:
-        raise RatingsError(
-            f"column 'style_control' of the snapshots must be true or false, not {snapshots.schema['style_control']}"
-        )
+    for name in ("style_control", "relabelled"):
+        if snapshots.schema.get(name, pl.Boolean) not in (pl.Boolean, pl.Null):
+            raise RatingsError(f"column {name!r} of the snapshots must be true or false, not {snapshots.schema[name]}")
     return snapshots.with_columns(days)
 
 

@@ -1,8 +1,8 @@
 """Win rates, mismatch degrees and overvaluations as arrays: point estimates and paired bootstrap replicates.
 
-Each replicate resamples prompts, once for all models, and draws every rating from its own interval. A pair that one side
-wins on every prompt of a replicate would look certain however few prompts there are; its win rate is drawn from the
-Beta(wins + 1/2, losses + 1/2) posterior instead.
+Each replicate resamples prompts, once for all models, and draws every rating from its own interval. A pair that one
+side wins on every prompt of a replicate would look certain however few prompts there are; its win rate is drawn from
+the Beta(wins + 1/2, losses + 1/2) posterior instead.
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+from charm_core.resampling import FloatArray
+
+IntArray = NDArray[np.int64]
 
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
 _VOWELS = ("a", "e", "i", "o", "u")
@@ -46,13 +51,13 @@ class Lexicon:
 class WordCounts:
     """How many words of each kind the responses have; integer arrays of one shape, (prompts, writers)."""
 
-    right: np.ndarray
-    myth: np.ndarray
-    beside: np.ndarray
-    flourish: np.ndarray
-    hedge: np.ndarray
-    mark: np.ndarray
-    filler: np.ndarray
+    right: IntArray
+    myth: IntArray
+    beside: IntArray
+    flourish: IntArray
+    hedge: IntArray
+    mark: IntArray
+    filler: IntArray
 
 
 def invent_lexicon(rng: np.random.Generator, topics: int, facts_per_topic: int) -> Lexicon:
@@ -92,7 +97,7 @@ def write_response(
     topics: Sequence[int],
     counts: WordCounts,
     cell: tuple[int, int],
-    filler_weights: np.ndarray,
+    filler_weights: FloatArray,
 ) -> str:
     """A response that has exactly the counted words of each kind, in random order.
 
@@ -124,9 +129,13 @@ def write_response(
     return ". ".join(sentences) + "."
 
 
-def filler_habits(rng: np.random.Generator, writers: int) -> np.ndarray:
-    """Each writer's liking for the filler words, shape (writers, fillers); rows sum to 1 and overlap."""
-    return rng.dirichlet(np.full(_FILLERS, float(__import__("os").environ.get("ACC","5"))), size=writers)
+def filler_habits(rng: np.random.Generator, writers: int, strength: float) -> FloatArray:
+    """Each writer's liking for the filler words, shape (writers, fillers); rows sum to 1 and overlap.
+
+    ``strength`` is the inverse concentration of the Dirichlet distribution that they are drawn from: towards 0 all
+    writers use all filler words alike.
+    """
+    return rng.dirichlet(np.full(_FILLERS, 1.0 / strength), size=writers)
 
 
 def _invent_words(rng: np.random.Generator, count: int) -> list[str]:

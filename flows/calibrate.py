@@ -55,8 +55,8 @@ def calibrate(run: CalibrationRun) -> Outcome:
         pairs, control_pairs = (
             build_pairs(responses, untouched.scores, fit, split, seen, selection, run.preferences) for fit in (offsets, None)
         )
-        calibrated = train_reward_model("calibrated", sources.reward_model, pairs.pairs, ratings, run.training)
-        control = train_reward_model("control", sources.reward_model, control_pairs.pairs, ratings, run.training)
+        calibrated = train_reward_model("calibrated", sources.reward_model, pairs.pairs, looked_at, run.training)
+        control = train_reward_model("control", sources.reward_model, control_pairs.pairs, looked_at, run.training)
         log_training(session.store, session.run, {"calibrated": calibrated, "control": control})
 
         scored: dict[VariantName, Scored] = {

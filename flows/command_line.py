@@ -1,7 +1,8 @@
-"""One command line for every flow: ``python -m flows.<name> [--preset NAME | --config FILE.toml] [--section.field value]``.
+"""One command line for every flow: ``python -m flows.<name> [--preset NAME | --config FILE] [--section.field value]``.
 
 The settings model of a flow is its form in the Prefect UI, its TOML file and its options; nothing is declared twice.
-Precedence: option, then file or preset, then default.
+Precedence: option, then file or preset, then default. ``None`` for a setting that can be left open is written ``None``,
+in a file too, where it is the text ``"None"``: TOML has no word for it.
 """
 
 import argparse
@@ -23,6 +24,7 @@ Run = TypeVar("Run", bound=BaseModel)
 Presets = Mapping[str, Callable[[], Run]]
 
 _INTERRUPTED = 130
+_NONE = "None"
 
 
 def run_from_command_line(
@@ -64,13 +66,16 @@ def run_from_command_line(
 
 
 def settings_toml(run: BaseModel) -> str:
-    """The resolved settings as a TOML file that ``--config`` reads back; what is not set is left out."""
-    return tomli_w.dumps(run.model_dump(mode="json", exclude_none=True))
+    """The resolved settings as a TOML file that ``--config`` reads back."""
+    return tomli_w.dumps(_without_none(run.model_dump(mode="json")))
 
 
 def _parse(name: str, model: type[Run], presets: Presets[Run], argv: Sequence[str]) -> tuple[Run, bool]:
     parser = argparse.ArgumentParser(
-        prog=f"python -m flows.{name}", description=model.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m flows.{name}",
+        description=model.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # what an abbreviation means would change with every new setting
     )
     base = parser.add_mutually_exclusive_group()
     first = next(iter(presets), None)
@@ -94,9 +99,10 @@ def _settings_class(model: type[Run], parser: argparse.ArgumentParser) -> tuple[
         model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
         @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        def settings_customise_sources(  # type: ignore[override] # pydantic passes the sources by name
+            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
+            del settings_cls, others
             return (init_settings,)  # a variable called NAME or ARENA in the environment is not meant for us
 
     source: Any = CliSettingsSource(Settings, root_parser=parser, cli_hide_none_type=True, cli_avoid_json=True)
@@ -107,13 +113,30 @@ def _base_values(options: argparse.Namespace, presets: Presets[Run], first: str 
     if options.config:
         path = Path(options.config)
         try:
-            return tomllib.loads(path.read_text())
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the settings file {path} is not TOML: {error}") from None
+        return {name: _with_none(value) for name, value in document.items()}
     preset = options.preset or first
     return presets[preset]().model_dump(exclude_unset=True) if preset else {}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_none(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return _NONE if value is None else value
+
+
+def _with_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_none(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_none(item) for item in value]
+    return None if value == _NONE else value
 
 
 def _readable(error: ValidationError) -> str:

@@ -24,7 +24,7 @@ _ENVIRONMENT_DEFAULTS = {
 class RuntimeSettings(BaseSettings):
     """Environment variables ``CHARM_…``. None of them changes a result."""
 
-    model_config = SettingsConfigDict(env_prefix="CHARM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="CHARM_", env_ignore_empty=True, frozen=True, extra="ignore")
 
     home: Path = Field(
         default=CHECKOUT / ".charm", description="Folder for everything that CHARM keeps on this machine."

@@ -21,7 +21,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, runt
 from prefect import Task
 from prefect.cache_policies import CachePolicy
 from prefect.filesystems import WritableFileSystem
-from prefect.results import ResultRecord
+from prefect.results import ResultRecord  # type: ignore[attr-defined] # re-exported, though not by name
 from pydantic import BaseModel
 
 from charm_core.errors import ConfigError
@@ -114,7 +114,7 @@ class ContentPolicy(CachePolicy):
 
 def _drop_if_stale(store: ArtifactStore, key: str) -> None:
     try:
-        recorded = ResultRecord.deserialize(store.read_step(key)).result
+        recorded: Any = ResultRecord.deserialize(store.read_step(key)).result
     except Exception as error:  # missing, damaged or of an older form: to Prefect too it is not there
         logger.debug("no usable record %s: %s", key, error)
         return

@@ -70,9 +70,11 @@ def check_offsets(
 
 @step(version=1)
 def offset_scores(store: ArtifactStore, scores: ArtifactRef, offsets: ArtifactRef) -> ArtifactRef:
-    """Calibrated scores of the policy models that have an offset; others keep theirs."""
+    """Calibrated scores of the policy models that have an offset; a model that the calibration never saw has none."""
     fit = store.read_record(offsets, OffsetFit)
-    return store.write_table(apply_offsets(store.read_table(scores, SCORES), fit), SCORES)
+    known = [offset.policy_model for offset in fit.offsets]
+    table = store.read_table(scores, SCORES).filter(pl.col("policy_model").is_in(known))
+    return store.write_table(apply_offsets(table, fit), SCORES)
 
 
 @step(version=1)

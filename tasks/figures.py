@@ -86,7 +86,7 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One variant's estimates by row; rows in ``hollow`` (not significant) get an empty marker."""
+    """One variant's estimates by row; rows in ``hollow`` (not significant) get an empty marker. No label, no legend."""
 
     variant: str
     label: str
@@ -140,7 +140,15 @@ def standalone(svg: str) -> bytes:
     return svg.replace("<svg ", f'<svg {namespaces} style="background:#ffffff" ', 1).encode()
 
 
-def forest(frame: Frame, series: Sequence[Series], rows: Sequence[str], unit: str, marks: Mapping[str, str]) -> str:
+def forest(
+    frame: Frame,
+    series: Sequence[Series],
+    rows: Sequence[str],
+    unit: str,
+    *,
+    marks: Mapping[str, str] | None = None,
+    origin: float = 0.0,
+) -> str:
     """Draw dots with intervals: one band per row, the variants one under the other within it.
 
     Args:
@@ -149,34 +157,43 @@ def forest(frame: Frame, series: Sequence[Series], rows: Sequence[str], unit: st
         rows: Row names from top to bottom.
         unit: Label of the value axis.
         marks: Row name to a remark behind it ("held out"); such rows are shaded.
+        origin: Where the line is that values are read against.
     """
+    marks = marks or {}
     labels = [
         _shorten(row, 36 - len(marks.get(row, ""))) + (f" ({marks[row]})" if row in marks else "") for row in rows
     ]
-    label_lane = 18 if frame.narrow else 0
-    pitch = label_lane + max(13 * len(series) + 9, 24)
-    legend = 0 if len(series) < 2 else 24 * -(-len(series) // 2) if frame.narrow else 24
-    left = 10 if frame.narrow else 12 + max(len(label) for label in labels) * _CHARACTER
+    label_lane, lane = 18 if frame.narrow else 0, 13 if len(rows) <= 15 else 10
+    pitch = label_lane + max(lane * len(series) + lane, 24)
+    columns = 2 if frame.narrow else 4
+    entries = [(one.variant, one.label) for one in series if one.label]
+    legend = 24 * -(-len(entries) // columns) if len(entries) > 1 else 0
+    left = 22 if frame.narrow else 12 + max(len(label) for label in labels) * _CHARACTER
     with _style(frame):
         sheet = _sheet(frame.width, legend + pitch * len(rows) + 76)
         axes = _axes(sheet, left, legend + 26, frame.width - left - 14, pitch * len(rows))
         axes.set(ylim=(pitch * len(rows), 0), yticks=[])
         axes.grid(axis="x")
-        axes.axvline(0, color=_INK, linewidth=1)
+        tops = [index * pitch + label_lane for index in range(len(rows))]
+        axes.vlines([origin] * len(rows), tops, [top + pitch - label_lane for top in tops], color=_INK, linewidth=1)
         axes.tick_params(axis="x", labeltop=True)
         _value_axis(axes, unit, 5 if frame.narrow else 9)
         for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
             _row_frame(axes, label, index * pitch, pitch, frame.narrow, row in marks)
-            first = index * pitch + label_lane + (pitch - label_lane - 13 * (len(series) - 1)) / 2
-            for lane, one in enumerate(series):
-                if row in one.estimates:
-                    _dot(axes, one.variant, first + 13 * lane, one.estimates[row], hollow=row in one.hollow)
-        _legend(sheet, [(one.variant, one.label) for one in series], 2 if frame.narrow else 4)
+        for index, one in enumerate(series):
+            first = (pitch - label_lane - lane * (len(series) - 1)) / 2 + lane * index
+            _dots(axes, one, {row: top + first for row, top in zip(rows, tops, strict=True)})
+        _legend(sheet, entries, columns)
         return _svg(sheet, frame)
 
 
 def scatter(
-    frame: Frame, panels: Sequence[Panel], labels: tuple[str, str], *, diagonal: bool = False, share_y: bool = True
+    frame: Frame,
+    panels: Sequence[Panel],
+    labels: tuple[str, str],
+    *,
+    diagonal: bool = False,
+    y_limits: tuple[float, float] | None = None,
 ) -> str:
     """Draw one scatter panel per variant: two by two on a desk, one under the other on a phone.
 
@@ -185,7 +202,7 @@ def scatter(
         panels: The panels; they share the x axis.
         labels: Labels of the x and the y axis, with units.
         diagonal: Draw the line y = x.
-        share_y: One y range for all panels; each its own otherwise.
+        y_limits: One y range for all panels; each its own where None.
     """
     columns = 1 if frame.narrow else 2
     width = (frame.width - 70 * columns - 12) / columns
@@ -198,11 +215,11 @@ def scatter(
             axes = _axes(sheet, 62 + column * (width + 70), 34 + row * (height + 92), width, height)
             axes.set(title=panel.title, xlabel=labels[0], ylabel=labels[1])
             axes.set_xlim(*_range([point.x for point in everything]))
-            shown = everything if share_y else panel.points
-            axes.set_ylim(*_range([y for point in shown for y in _extent(point.low, point.y, point.high)]))
+            own = [y for point in panel.points for y in _extent(point.low, point.y, point.high)]
+            axes.set_ylim(*(y_limits or _range(own)))
             axes.grid()
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_locator(_ticks(5))
+            axes.yaxis.set_major_locator(_ticks(6))
             if diagonal:
                 axes.axline((0, 0), slope=1, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
             _points(axes, panel, width, height)
@@ -218,7 +235,7 @@ def boxes(frame: Frame, panels: Sequence[BoxPanel], unit: str) -> str:
         unit: Label of the value axis.
     """
     longest = max(len(label) for panel in panels for label in panel.quantiles)
-    left = 12 + min(longest * _CHARACTER, 126 if frame.narrow else 230)
+    left = 12 + min(longest * _CHARACTER, 146 if frame.narrow else 230)
     columns = 1 if frame.narrow else min(len(panels), 2)
     width = (frame.width - (left + 14) * columns) / columns
     height = 20 * max(len(panel.quantiles) for panel in panels)
@@ -257,10 +274,11 @@ def curves(frame: Frame, panels: Sequence[Panel], labels: tuple[str, str]) -> st
                 color=_colour(panel.variant),
                 linewidth=1.8,
                 linestyle="--" if panel.variant == "control" else "-",
+                zorder=4 if panel.variant == "control" else 3,
                 marker=_MARKERS[panel.variant] if len(panel.points) < 12 else None,
             )
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(_ticks(6))
         _legend(sheet, [(panel.variant, panel.title) for panel in panels], 2)
         return _svg(sheet, frame)
 
@@ -272,23 +290,33 @@ def _row_frame(axes: Axes, label: str, y: float, pitch: float, narrow: bool, sha
     where = (0, y + 14 if narrow else y + pitch / 2)
     align = ("left", "baseline") if narrow else ("right", "center")
     axes.annotate(
-        label, where, xycoords=("axes fraction", "data"), xytext=(2 if narrow else -8, 0), textcoords="offset points",
+        label, where, xycoords=("axes fraction", "data"), xytext=(-14 if narrow else -8, 0), textcoords="offset points",
         ha=align[0], va=align[1], zorder=5,
     )  # fmt: skip
 
 
-def _dot(axes: Axes, variant: str, y: float, estimate: Estimate, *, hollow: bool) -> None:
-    if estimate.value is None:
-        return
-    extent = _extent(estimate.low, estimate.value, estimate.high)
-    if len(extent) > 1:
-        axes.plot(extent, [y] * len(extent), color=_colour(variant), linewidth=2, zorder=3)
-    _marker(axes, estimate.value, y, variant, hollow=hollow, size=6.5)
+def _dots(axes: Axes, series: Series, heights: Mapping[str, float]) -> None:
+    known = {row: one for row, one in series.estimates.items() if row in heights and one.value is not None}
+    extents = {row: _extent(one.low, one.value, one.high) for row, one in known.items()}
+    axes.hlines(
+        [heights[row] for row in known],
+        [min(extent) for extent in extents.values()],
+        [max(extent) for extent in extents.values()],
+        color=_colour(series.variant),
+        linewidth=2,
+        zorder=3,
+    )
+    for hollow in (False, True):
+        rows = [row for row in known if (row in series.hollow) == hollow]
+        _markers(axes, series.variant, [(known[row].value, heights[row]) for row in rows], hollow=hollow, size=6.5)
 
 
-def _marker(axes: Axes, x: float, y: float, variant: str, *, hollow: bool, size: float) -> None:
+def _markers(
+    axes: Axes, variant: str, places: Sequence[tuple[float | None, float]], *, hollow: bool, size: float
+) -> None:
     fill, edge = (_SURFACE if hollow else _colour(variant)), _colour(variant)
-    axes.plot([x], [y], _MARKERS[variant], ms=size, mfc=fill, mec=edge, mew=1.4, zorder=4)
+    x, y = [x for x, _ in places], [y for _, y in places]
+    axes.plot(x, y, _MARKERS[variant], ms=size, mfc=fill, mec=edge, mew=1.4, zorder=4)
 
 
 def _box(axes: Axes, variant: str, y: float, quantiles: tuple[float, float, float, float, float]) -> None:
@@ -300,19 +328,33 @@ def _box(axes: Axes, variant: str, y: float, quantiles: tuple[float, float, floa
 
 def _points(axes: Axes, panel: Panel, width: float, height: float) -> None:
     crowded = len(panel.points) > 150
-    for point in panel.points:
-        if not crowded:
-            extent = _extent(point.low, point.y, point.high)
-            axes.plot([point.x] * len(extent), extent, color=_colour(panel.variant), linewidth=1, alpha=0.5, zorder=3)
-        _marker(axes, point.x, point.y, panel.variant, hollow=point.hollow, size=3 if crowded else 5.5)
+    extents = {point: _extent(point.low, point.y, point.high) for point in panel.points}
+    if not crowded:
+        low, high = [min(extent) for extent in extents.values()], [max(extent) for extent in extents.values()]
+        axes.vlines([point.x for point in extents], low, high, color=_colour(panel.variant), lw=1, alpha=0.5, zorder=3)
+    for hollow in (False, True):
+        places = [(point.x, point.y) for point in panel.points if point.hollow == hollow]
+        _markers(axes, panel.variant, places, hollow=hollow, size=3 if crowded else 5.5)
+    _point_labels(axes, extents, width, height)
+
+
+def _point_labels(axes: Axes, extents: Mapping[Point, Sequence[float]], width: float, height: float) -> None:
     (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
-    places = {
-        point: ((point.x - x_low) / (x_high - x_low) * width, (point.y - y_low) / (y_high - y_low) * height)
-        for point in sorted(panel.points, key=lambda point: -point.priority)
-    }
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]
-    for point, (x, y) in places.items():
-        text = _shorten(point.label, 26)
+    x_scale, y_scale = width / (x_high - x_low), height / (y_high - y_low)
+    taken = []
+    for point, extent in extents.items():
+        x, low, high = (
+            (value - start) * scale
+            for value, start, scale in (
+                (point.x, x_low, x_scale),
+                (min(extent), y_low, y_scale),
+                (max(extent), y_low, y_scale),
+            )
+        )
+        taken.append((x - 5, low - 5, x + 5, high + 5))
+    for point in sorted(extents, key=lambda point: -point.priority):
+        x, y = (point.x - x_low) * x_scale, (point.y - y_low) * y_scale
+        text = _shorten(point.label, 30)
         spot = _free_spot(x, y, len(text) * _CHARACTER, taken, (width, height)) if text else None
         if spot is not None:
             taken.append(spot)
@@ -336,7 +378,7 @@ def _free_spot(
 
 
 def _sheet(width: float, height: float) -> Figure:
-    return Figure(figsize=(width / 72, height / 72), dpi=72)  # at 72 dpi a point is a pixel
+    return Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")  # at 72 dpi a point is a pixel
 
 
 def _axes(sheet: Figure, left: float, top: float, width: float, height: float) -> Axes:
@@ -351,7 +393,11 @@ def _axes(sheet: Figure, left: float, top: float, width: float, height: float) -
 def _value_axis(axes: Axes, unit: str, ticks: int) -> None:
     axes.set_xlabel(unit)
     axes.margins(x=0.04)
-    axes.xaxis.set_major_locator(MaxNLocator(ticks))
+    axes.xaxis.set_major_locator(_ticks(ticks))
+
+
+def _ticks(most: int) -> MaxNLocator:
+    return MaxNLocator(most, steps=[1, 2, 5, 10])
 
 
 def _legend(sheet: Figure, entries: Sequence[tuple[str, str]], columns: int) -> None:

@@ -307,7 +307,7 @@ def _failure(status: int, folder: Path, tail: list[str]) -> errors.CharmError:
         known = getattr(errors, failure.kind, None)
         if known is not None:
             return known(failure.message)  # type: ignore[no-any-return]
-        return TrainingError(f"the worker failed: {failure.message}\nThe end of its log:\n{log}")
+        return TrainingError(f"the worker failed unexpectedly:\n{failure.message}")
     signalled = SIGNALLED.search(log)
     if status < 0 or signalled:
         number = -status if status < 0 else int(signalled.group(1)) if signalled else 0

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from charm_core.agreement import EloAgreement, MismatchComparison
-from charm_core.offsets import OffsetFit
 from charm_core.preferences import PairSummary
 from charm_core.selection import Selection
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field
 
 from charm_core.mismatch import MismatchReport, ModelMismatch, PairMismatch
+from charm_core.offsets import OffsetFit
 from charm_core.records import Estimate, Record
 from tasks import figures
 from tasks.figures import NARROW, WIDE, BoxPanel, Frame, Panel, Point, Series
@@ -236,12 +236,14 @@ def _audit_answer(data: ReportData) -> str:
     top = max(report.models, key=_overvaluation)
     flagged = [model for model in report.models if model.flagged]
     over = sum(_overvaluation(model) > 0 for model in flagged)
-    by = f"{elo(top.overvaluation.value)} Elo points ({data.main.coverage} {interval(top.overvaluation, 0, signed=True)})"
+    overvalued = top.flagged and _overvaluation(top) > 0
+    range_ = f"{data.main.coverage} {interval(top.overvaluation, 0, signed=not overvalued)}"
+    by = f"{number(top.overvaluation.value, 0, signed=not overvalued)} Elo points ({range_})"
     count = (
         f"{len(flagged)} of {len(report.models)} policy models are flagged after Holm's correction "
         f"({over} overvalued, {len(flagged) - over} undervalued)"
     )
-    if top.flagged and _overvaluation(top) > 0:
+    if overvalued:
         return f"the reward model {data.reward_model} overvalues {top.policy_model} the most, by {by}; {count}"
     return (
         f"no policy model is significantly overvalued by the reward model {data.reward_model}: the largest estimate is "
@@ -251,14 +253,16 @@ def _audit_answer(data: ReportData) -> str:
 
 def _calibration_answer(data: ReportData) -> str:
     where = f"on {data.main.label}, calibration"
-    whose = f"{data.reward_model}'s mean absolute mismatch"
+    whose = f"the mean absolute mismatch of {data.reward_model}"
     change = data.main.comparison("untouched", "calibrated")
     if change is None:
         return f"{where} of {data.reward_model} was not compared with the untouched reward model"
     direction = _direction(change.difference)
     before, after = number(change.before.value, 3), number(change.after.value, 3)
     verb = {-1: "lowered", 0: "did not clearly change", 1: "raised"}[direction]
-    numbers = f"from {before} to {after}" if direction else f"({before} before, {after} after; {_difference(data, change)})"
+    numbers = (
+        f"from {before} to {after}" if direction else f"({before} before, {after} after; {_difference(data, change)})"
+    )
     control = data.main.comparison("control", "calibrated")
     if control is None:
         return f"{where} {verb} {whose} {numbers}; without a control, what training alone does is not known"
@@ -296,9 +300,7 @@ def interval(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
     """The interval in words."""
     if estimate.low is None or estimate.high is None:
         return "interval open or not known"
-    return (
-        f"interval {number(estimate.low, digits, signed=signed)} to {number(estimate.high, digits, signed=signed)}"
-    )
+    return f"interval {number(estimate.low, digits, signed=signed)} to {number(estimate.high, digits, signed=signed)}"
 
 
 def span(estimate: Estimate | None, digits: int, *, signed: bool = False) -> str:
@@ -318,7 +320,7 @@ def page_figures(data: ReportData) -> dict[str, PageFigure]:
         _distribution_figure(data.main),
         _offset_figure(data),
         _curve_figure(data, "loss", "Training loss", lambda point: point.loss),
-        _curve_figure(data, "accuracy", "Training pairs ordered as labelled", lambda point: point.accuracy),
+        _curve_figure(data, "accuracy", "Share of pairs ordered as labelled", lambda point: point.accuracy),
         _planted_figure(data),
         _truth_accuracy_figure(data),
     ]
@@ -362,11 +364,13 @@ def _overvaluation_figure(domain: ReportDomain, name: str) -> PageFigure:
     rows = [model.policy_model for model in by_overvaluation(domain)]
     caption = (
         f"Overvaluation per policy model on {domain.label}, in Elo points: right of 0 the reward model ranks it above "
-        f"what people think. Largest for the {domain.variants[0].label} reward model: {rows[0]}. Lines are {domain.coverage} "
-        "intervals; filled markers are significant after Holm's correction, hollow ones are not."
+        f"what people think. Largest for the {domain.variants[0].label} reward model: {rows[0]}. "
+        f"Lines are {domain.coverage} intervals; filled: significant after Holm's correction, hollow: not."
     )
     unit = "Overvaluation (Elo points)"
-    return _page_figure(name, caption, lambda frame: figures.forest(frame, series, rows, unit, _held_out_marks(domain)))
+    return _page_figure(
+        name, caption, lambda frame: figures.forest(frame, series, rows, unit, marks=_held_out_marks(domain))
+    )
 
 
 def _win_rate_figure(domain: ReportDomain) -> PageFigure:
@@ -380,7 +384,7 @@ def _win_rate_figure(domain: ReportDomain) -> PageFigure:
         "the lower-rated model. Filled dots are significant after Holm's correction."
     )
     labels = ("Expected from Elo (% wins)", "Reward model (% wins)")
-    draw = partial(figures.scatter, panels=panels, labels=labels, diagonal=True)
+    draw = partial(figures.scatter, panels=panels, labels=labels, diagonal=True, y_limits=(0, 100))
     return _page_figure("win-rate", caption, draw, wide=len(panels) > 1)
 
 
@@ -406,7 +410,7 @@ def _mean_score_figure(domain: ReportDomain) -> PageFigure | None:
     caption = "Mean score of each policy model against its Arena rating. Each reward model has its own unit. " + (
         "Hollow: policy models held out of the calibration. " if domain.held_out_models else ""
     )
-    draw = partial(figures.scatter, panels=panels, labels=("Arena rating (Elo points)", "Mean score"), share_y=False)
+    draw = partial(figures.scatter, panels=panels, labels=("Arena rating (Elo points)", "Mean score"))
     return _page_figure("mean-score", caption + "Names where there is room.", draw, wide=len(panels) > 1)
 
 
@@ -428,8 +432,7 @@ def _distribution_figure(domain: ReportDomain) -> PageFigure | None:
         return None
     caption = "Scores per policy model, the highest-rated on top: line 5 to 95 %, bar 25 to 75 %, gap at the median."
     return _page_figure(
-        "distribution", caption, partial(figures.boxes, panels=panels, unit="Score"), wide=len(panels) > 1
-    )
+        "distribution", caption, partial(figures.boxes, panels=panels, unit="Score"))
 
 
 def _offset_figure(data: ReportData) -> PageFigure | None:
@@ -439,9 +442,9 @@ def _offset_figure(data: ReportData) -> PageFigure | None:
     rows = sorted(estimates, key=lambda name: estimates[name].value or 0.0)
     marks = dict.fromkeys(data.offsets.reference_models, "reference")
     series = [Series(variant="offsets", label="offset", estimates=estimates)]
-    caption = "Offset that is added to each policy model's scores, with intervals; the reference stays at 0."
+    caption = "Offset that is added to each policy model's scores, with intervals; the mean over the reference models is 0."
     return _page_figure(
-        "offsets", caption, lambda frame: figures.forest(frame, series, rows, "Offset (score units)", marks)
+        "offsets", caption, lambda frame: figures.forest(frame, series, rows, "Offset (score units)", marks=marks)
     )
 
 
@@ -491,8 +494,8 @@ def _truth_accuracy_figure(data: ReportData) -> PageFigure | None:
         for row in data.truth.accuracy
     ]
     rows = [label for one in series for label in one.estimates]
-    caption = "Share of response pairs in which the truly better response gets the higher score."
-    draw = partial(figures.forest, series=series, rows=rows, unit="Accuracy (%)", marks={})
+    caption = "Share of response pairs in which the truly better response gets the higher score; 50 % is chance."
+    draw = partial(figures.forest, series=series, rows=rows, unit="Accuracy (%)", origin=50)
     return _page_figure("truth-accuracy", caption, draw, wide=False)
 
 
@@ -602,6 +605,7 @@ def _variant_rows(domain: ReportDomain) -> list[list[str]]:
     ]
 
 
+_MEAN_MISMATCH = "Mean |MD| is 0 where the reward model's win rates are what the Elo ratings predict."
 _VARIANT_HEADER = ["reward model", "mean |MD|", "overvaluation RMSE (Elo)", "Spearman with Elo"]
 
 
@@ -609,7 +613,9 @@ def summary_text(data: ReportData, top: int = 5) -> str:
     """The report in a few lines for a terminal: the answer, the variants, the most overvalued policy models."""
     parts = [answer(data)]
     for domain in data.domains:
-        parts.append(f"{domain.label} ({domain.variants[0].mismatch.prompts:,} prompts), with {domain.coverage} intervals")
+        parts.append(
+            f"{domain.label} ({domain.variants[0].mismatch.prompts:,} prompts), with {domain.coverage} intervals"
+        )
         parts.append(_aligned([_VARIANT_HEADER, *_variant_rows(domain)]))
     first = data.main.variants[0]
     rows = [
@@ -652,10 +658,7 @@ def model_card(data: ReportData) -> str:
     for domain in data.domains:
         heading = f"## {domain.label[0].upper()}{domain.label[1:]}"
         lines += [heading, "", domain.description, "", _markdown([_VARIANT_HEADER, *_variant_rows(domain)]), ""]
-    lines += [
-        f"Intervals are {data.main.coverage}. Mean |MD| is 0 where the reward model's win rates are what the Elo ratings predict.",
-        "",
-    ]
+    lines += [f"Intervals are {data.main.coverage}. {_MEAN_MISMATCH}", ""]
     lines += ["## Overvaluation after calibration", "", mismatch_markdown(_latest(data.main).mismatch), ""]
     lines += [
         "## Made from",

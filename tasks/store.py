@@ -183,16 +183,23 @@ class ArtifactStore(BaseModel):
 
     @contextlib.contextmanager
     def local_folder(self, ref: ArtifactRef) -> Iterator[Path]:
-        """A verified local copy of a folder artifact; the folder itself where the store is local."""
+        """A verified local copy of a folder artifact; the folder itself where the store is local.
+
+        A copy of a remote folder stays in the work folder under its digest, so that its path is the same in the next run.
+        """
         if not self.is_sound(ref):
             raise ArtifactError(f"{ref.uri} is missing or damaged; run again, the step that makes it will be redone")
         filesystem, path = fsspec.core.url_to_fs(ref.uri)
         if _is_local(filesystem):
             yield Path(path)
             return
-        with tempfile.TemporaryDirectory(prefix="charm-") as folder:
-            filesystem.get(f"{path.rstrip('/')}/", f"{folder}/", recursive=True)
-            yield Path(folder)
+        copy = Path(self.work_folder, "copies", ref.digest)
+        if not self.is_sound(ref.model_copy(update={"uri": str(copy)})):
+            with tempfile.TemporaryDirectory(prefix="charm-", dir=_made(copy.parent)) as folder:
+                filesystem.get(f"{path.rstrip('/')}/", f"{folder}/copy/", recursive=True)
+                shutil.rmtree(copy, ignore_errors=True)
+                Path(folder, "copy").replace(copy)
+        yield copy
 
     def is_sound(self, ref: ArtifactRef) -> bool:
         """Whether the artifact is there and every byte of it matches its digest."""
@@ -317,6 +324,11 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a local file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """MLflow: the only module that imports it, and late, because the import alone takes seconds.
 
 One MLflow run per flow run, opened and closed by ``tracked_run``, so that its status is right after success, failure
-and Ctrl-C. Every call names its run: no process-wide "active run" that a thread or a child process could inherit. Metrics
-are logged by flows from returned values, so that they are there on a fully cached run too.
+and Ctrl-C. Every call names its run: no process-wide "active run" that a thread or a child process could inherit.
+Metrics are logged by flows from returned values, so that they are there on a fully cached run too.
 """
 
 import contextlib
@@ -230,12 +230,12 @@ def git_revision() -> str:
     folder = Path(__file__).parent
     try:
         head = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
+            ["git", "rev-parse", "HEAD"],  # noqa: S607
             cwd=folder,
             capture_output=True,
             text=True,
             check=True,
-            timeout=10,  # noqa: S607
+            timeout=10,
         )
         changes = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"],  # noqa: S607
@@ -339,7 +339,7 @@ def _is_alive(process: str) -> bool:
         found = psutil.Process(int(pid))
         # the boot time that start times count from is corrected while the machine runs
         same = abs(found.create_time() - float(started)) < _CLOCK_SLACK
-        return same and found.status() != psutil.STATUS_ZOMBIE
+        return bool(same and found.status() != psutil.STATUS_ZOMBIE)
     except (psutil.NoSuchProcess, ValueError):
         return False
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from charm_core.errors import WorkerLostError
 from charm_core.reward_model.jobs import TrainingJob, TrainingOutcome
 from charm_core.reward_model.spec import TrainingConfig
-from charm_core.tables import PAIRS
+from charm_core.reward_model.workdir import read_curve
+from charm_core.tables import PAIRS, RATINGS
 from tasks.caching import content_key, step
 from tasks.launching import run_training
 from tasks.publishing import run_logger
@@ -73,7 +74,12 @@ def _worker_was_lost(task: Task[..., Any], run: TaskRun, state: State[Any]) -> b
 
 @step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=_worker_was_lost)
 def train_reward_model(
-    store: ArtifactStore, name: str, base: RewardModelRef, pairs: ArtifactRef, config: TrainingConfig
+    store: ArtifactStore,
+    name: str,
+    base: RewardModelRef,
+    pairs: ArtifactRef,
+    ratings: ArtifactRef | None,
+    config: TrainingConfig,
 ) -> TrainedModel:
     """Fine-tune a reward model in processes of its own, from its last checkpoint if there is one.
 
@@ -82,24 +88,37 @@ def train_reward_model(
         name: Of the nested MLflow run with the live curve.
         base: Where training starts.
         pairs: PAIRS.
+        ratings: RATINGS, for an objective that needs them; see ``ratings_for``.
         config: How.
     """
-    work = Path(store.work_folder, content_key("train", 1, {"base": base, "pairs": pairs, "config": config}))
+    inputs = {"base": base, "pairs": pairs, "ratings": ratings, "config": config}
+    work = Path(store.work_folder, content_key("train", 1, inputs))
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="charm-training-") as folder, base.local_spec(store) as spec:
-        pairs_path = Path(folder, "pairs.parquet")
-        store.read_table(pairs, PAIRS).write_parquet(pairs_path)
         job = TrainingJob(
-            model=spec, pairs_path=pairs_path, output_dir=work / "model", work_dir=work / "progress", config=config
+            model=spec,
+            pairs_path=Path(folder, "pairs.parquet"),
+            ratings_path=Path(folder, "ratings.parquet") if ratings else None,
+            output_dir=work / "model",
+            work_dir=work / "progress",
+            config=config,
         )
+        store.read_table(pairs, PAIRS).write_parquet(job.pairs_path)
+        if ratings is not None and job.ratings_path is not None:
+            store.read_table(ratings, RATINGS).write_parquet(job.ratings_path)
         with _live_curve(name) as on_step:
             outcome = run_training(job, on_step, run_logger().info)
         return _stored(store, base, outcome, work)
 
 
+def ratings_for(config: TrainingConfig, ratings: ArtifactRef) -> ArtifactRef | None:
+    """The ratings if training looks at them; else none, so that new ratings alone do not train again."""
+    return ratings if config.objective == "win_rate_matching" else None
+
+
 def _stored(store: ArtifactStore, base: RewardModelRef, outcome: TrainingOutcome, work: Path) -> TrainedModel:
     folder = store.write_folder(outcome.model_dir, "reward_model")
-    curve = store.write_record(Curve(steps=read_curve(work / "progress" / "curve.jsonl")), "curve")
+    curve = store.write_record(Curve(steps=read_curve(work / "progress")), "curve")
     spec = base.spec.model_copy(update={"path": folder.uri, "revision": None})
     summary = TrainingSummary.model_validate(outcome.model_dump(exclude={"model_dir"}))
     return TrainedModel(

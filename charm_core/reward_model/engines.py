@@ -116,6 +116,12 @@ class ZeroEngine:
         )
         self._base = optimizer
         self._stage = config.zero_stage
+        # Made here because stages 1 and 2 otherwise lose sight of the moments of all parameter groups but the first.
+        for weights in self._partitions():
+            zeros = {moment: torch.zeros_like(weights.data) for moment in MOMENTS}
+            self._base.state[weights] = {"step": torch.tensor(0.0), **zeros}
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def score(self, batch: Mapping[str, Tensor]) -> Tensor:
         return cast(Tensor, self._engine(**batch))
@@ -127,6 +133,12 @@ class ZeroEngine:
 
     def step(self, rate_factor: float) -> float:
         _set_learning_rates(self._engine.optimizer, rate_factor)
+        if self._stage == 0:
+            # Here DeepSpeed clips without keeping the norm.
+            gradients = [parameter.grad for _, parameter in _trained(self._engine.module) if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(gradients).item()
+            self._engine.step()
+            return norm
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
@@ -147,10 +159,7 @@ class ZeroEngine:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for weights in self._partitions():
-            zeros = {moment: torch.zeros_like(weights.data) for moment in MOMENTS}
-            self._base.state[weights] = {"step": torch.tensor(float(step)), **zeros}
-        if self._stage in (1, 2):
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+            self._base.state[weights]["step"].fill_(float(step))
         for name, parameter in _trained(self._engine.module):
             for moment in MOMENTS:
                 value = moments[name, moment].to(parameter.device)

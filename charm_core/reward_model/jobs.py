@@ -44,6 +44,7 @@ class TrainingJob(BaseModel):
 
     model: RewardModelSpec
     pairs_path: Path = Field(description="PAIRS as Parquet; rows whose split is train are trained on, held_out evaluated on.")
+    ratings_path: Path | None = Field(default=None, description="RATINGS as Parquet; needed by win_rate_matching.")
     output_dir: Path = Field(description="Where the finished model folder goes.")
     work_dir: Path = Field(description="Curve, log and checkpoints of this job; a job that finds them goes on from there.")
     config: TrainingConfig = TrainingConfig()

@@ -170,7 +170,7 @@ def _load_classifier(spec: RewardModelSpec, dtype: torch.dtype) -> Any:
             spec.path,
             revision=spec.revision,
             dtype=dtype,
-            attn_implementation=spec.attention,
+            attn_implementation=None if spec.attention == "auto" else spec.attention,
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,

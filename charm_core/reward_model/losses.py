@@ -63,6 +63,8 @@ def pair_losses(chosen: Tensor, rejected: Tensor, targets: PairTargets, config: 
         losses = bradley_terry(chosen, rejected, margin=margin, label_smoothing=config.label_smoothing)
     else:
         losses = margin_regression(chosen, rejected, margin=targets.margin, scale=scale)
+    if config.objective == "win_rate_matching":  # the rest of it is not a sum over pairs, see win_rates.py
+        losses = config.regression_weight * losses
     if config.centering:
         losses = losses + config.centering * centering(chosen, rejected)
     if config.anchor:

@@ -19,19 +19,22 @@ class RewardModelSpec(BaseModel):
         default=4096, ge=8, description="Most tokens per text, template included; the model's own limit may be lower."
     )
     max_prompt_characters: int | None = Field(
-        default=None, ge=1, description="Each message of the prompt is first cut to this many characters, keeping its start."
+        default=None,
+        ge=1,
+        description="Each message of the prompt is first cut to this many characters, keeping its start.",
     )
     min_response_tokens: int = Field(
         default=64, ge=1, description="The prompt is cut only where the response would keep fewer tokens than this."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Arithmetic of the backbone; auto is bfloat16 on a GPU, float32 on CPU. The head is float32."
+        default="auto",
+        description="Arithmetic of the backbone; auto is bfloat16 on a GPU, float32 on CPU. The head is float32.",
     )
     batch_tokens: int = Field(
         default=16384, ge=1, description="Most tokens in one scoring batch, padding included. Does not change a score."
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        default="sdpa", description="Attention kernel, as transformers names it."
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        default="auto", description="Attention kernel, as transformers names it; auto is sdpa where the model supports it."
     )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with this model. Only for a model that you have read."
@@ -43,11 +46,14 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    objective: Literal["bradley_terry", "margin_regression"] = Field(
+    objective: Literal["bradley_terry", "margin_regression", "win_rate_matching"] = Field(
         default="bradley_terry",
-        description="bradley_terry learns the calibrated order; margin_regression the calibrated score differences.",
+        description="bradley_terry learns the calibrated order; margin_regression the calibrated score differences; "
+        "win_rate_matching the win rates between policy models that the ratings predict.",
     )
-    epochs: float = Field(default=1.0, gt=0, description="Passes over the training pairs; a fraction takes that share of prompts.")
+    epochs: float = Field(
+        default=1.0, gt=0, description="Passes over the training pairs; a fraction takes that share of prompts."
+    )
     learning_rate: float = Field(default=2e-6, ge=0, description="Peak learning rate of AdamW.")
     head_learning_rate: float | None = Field(
         default=None, ge=0, description="Peak learning rate of the head alone; default: the same as the rest."
@@ -55,8 +61,12 @@ class TrainingConfig(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Decay of the learning rate to zero after the warm-up (constant: none)."
     )
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises linearly.")
-    weight_decay: float = Field(default=0.001, ge=0, description="AdamW weight decay of matrices; vectors (biases, norms) get none.")
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises linearly."
+    )
+    weight_decay: float = Field(
+        default=0.001, ge=0, description="AdamW weight decay of matrices; vectors (biases, norms) get none."
+    )
     adam_betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's decay rates of the two moments.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this global norm.")
     pairs_per_step: int = Field(
@@ -65,10 +75,13 @@ class TrainingConfig(BaseModel):
         description="Most pairs per optimiser step, over all ranks. Pairs of one prompt stay together, even if they are more.",
     )
     micro_batch_tokens: int = Field(
-        default=8192, ge=1, description="Most tokens per forward pass and rank, padding included; one prompt is never split."
+        default=8192,
+        ge=1,
+        description="Most tokens per forward pass and rank, padding included; one prompt is never split.",
     )
     use_margin: bool = Field(
-        default=False, description="bradley_terry only: ask for score differences above the calibrated margin, not above 0."
+        default=False,
+        description="bradley_terry only: ask for score differences above the calibrated margin, not above 0.",
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="bradley_terry only: assumed share of pairs with a wrong label."
@@ -86,24 +99,43 @@ class TrainingConfig(BaseModel):
         gt=0,
         description="Unit in which margins are compared; default: root mean square of the training margins.",
     )
+    win_rate_temperature: float = Field(
+        default=0.3, gt=0, description="win_rate_matching only: temperature of soft wins, in margin scales."
+    )
+    regression_weight: float = Field(
+        default=0.1,
+        ge=0,
+        description="win_rate_matching only: weight of margin_regression beside it, which keeps single scores in place.",
+    )
     trainable_layers: int | None = Field(
-        default=None, ge=0, description="Train only the last so many transformer layers and the head; default: everything."
+        default=None,
+        ge=0,
+        description="Train only the last so many transformer layers and the head; default: everything.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Arithmetic in training; auto is bfloat16 on a GPU. Master weights are always float32."
+        default="auto",
+        description="Arithmetic in training; auto is bfloat16 on a GPU. Master weights are always float32.",
     )
-    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass to save memory.")
-    zero_stage: Literal[0, 1, 2, 3] | None = Field(
-        default=3, description="DeepSpeed ZeRO stage; none: plain PyTorch in one process, without DeepSpeed."
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass to save memory."
+    )
+    zero_stage: int | None = Field(
+        default=3,
+        ge=0,
+        le=3,
+        description="DeepSpeed ZeRO stage; none: plain PyTorch in one process, without DeepSpeed.",
     )
     ranks: int | Literal["auto"] = Field(
-        default="auto", description="Processes; auto: one per GPU, or 2 on a CPU with at least two cores. Plain training uses 1."
+        default="auto",
+        description="Processes; auto: one per GPU, or 2 on a CPU with at least two cores. Plain training uses 1.",
     )
     threads_per_rank: int | Literal["auto"] = Field(
         default="auto", description="CPU threads per process; auto: the cores shared evenly."
     )
     evaluate_every_steps: int | None = Field(
-        default=None, ge=1, description="Steps between evaluations on held-out pairs; default: before the first and after the last."
+        default=None,
+        ge=1,
+        description="Steps between evaluations on held-out pairs; default: before the first and after the last.",
     )
     checkpoint_every_steps: int = Field(default=50, ge=1, description="Steps between checkpoints.")
     checkpoints_kept: int = Field(default=2, ge=1, description="Checkpoints kept on disk while training runs.")

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from charm_core.errors import ArtifactError, TableError, TrainingError
+from charm_core.errors import ArtifactError, ConfigError, TableError, TrainingError
 from charm_core.reward_model.batching import PairGroup, share_out
 from charm_core.reward_model.checkpoints import load_checkpoint, save_checkpoint
 from charm_core.reward_model.engines import WEIGHT, Engine, PlainEngine, ZeroEngine
@@ -29,7 +30,9 @@ from charm_core.reward_model.losses import PairTargets, pair_losses, root_mean_s
 from charm_core.reward_model.network import RewardNetwork, collate
 from charm_core.reward_model.plan import TrainingData, learning_rate_factor, plan_steps, prepare
 from charm_core.reward_model.rendering import Rendered
+from charm_core.reward_model.win_rates import WinRateTargets
 from charm_core.reward_model.workdir import CURVE, claim, curve_line, finished_outcome, mark_finished, read_curve, rewind
+from charm_core.tables import PAIRS, validate
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,8 @@ class Totals:
     score: float = 0.0
     pairs: float = 0.0
     tokens: float = 0.0
+    wins: Tensor | None = None
+    """For win_rate_matching, ``WinRateTargets.sums``."""
 
     def add(self, losses: Tensor, chosen: Tensor, rejected: Tensor, tokens: int) -> None:
         """Count one micro-batch. Equal scores count as half right."""
@@ -144,6 +149,7 @@ class _Trainer:
         self.data = prepare(_read_pairs(job), self.model.tokenizer, self.model.spec)
         self.steps = plan_steps(self.data.train, self.config)
         rows = [row for group in self.data.train for row in group.rows]
+        self.win_rates = _win_rate_targets(job)
         self.scale = self.config.margin_scale or root_mean_square(torch.tensor(self.data.margins[rows]))
         self.filler = min(self.data.texts, key=lambda text: len(text.input_ids))
         self.engine = self._make_engine(self.model.network)
@@ -216,8 +222,9 @@ class _Trainer:
         pairs = sum(len(group.pairs) for group in groups)
         totals, broken = Totals(), []
         batches = self._share(groups)
+        slopes = self._win_rate_slopes(batches, pairs)
         for number, batch in enumerate(batches):
-            losses = self._losses(batch, totals)
+            losses = self._losses(batch, totals, slopes)
             if not torch.isfinite(losses).all():
                 broken.extend(group.prompt_id for group in batch)
             self.engine.backward(losses.sum() / pairs, last=number == len(batches) - 1)
@@ -226,10 +233,31 @@ class _Trainer:
         norm = self.engine.step(factor)
         if not math.isfinite(norm):
             self._stop_if_broken(index + 1, [group.prompt_id for group in groups], what="gradient")
-        means = totals.means(self.rank)
+        means = self._means(totals)
         return {"step": index + 1, "learning_rate": self.config.learning_rate * factor, "gradient_norm": norm} | means
 
-    def _losses(self, batch: Sequence[PairGroup], totals: Totals) -> Tensor:
+    def _win_rate_slopes(self, batches: Sequence[Sequence[PairGroup]], pairs: int) -> Tensor | None:
+        """For win_rate_matching, a first pass over the step without gradients: its win rates are needed before any gradient."""
+        if self.win_rates is None:
+            return None
+        totals = Totals()
+        with torch.no_grad():
+            for batch in batches:
+                self._losses(batch, totals)
+        # times the pairs, because the step's losses are divided by them
+        return pairs * self.win_rates.slopes(self._win_sums(totals, self.win_rates))
+
+    def _win_sums(self, totals: Totals, targets: WinRateTargets) -> Tensor:
+        none = torch.zeros((2, targets.cells), dtype=torch.float64)
+        return self.rank.total(none if totals.wins is None else totals.wins)
+
+    def _means(self, totals: Totals) -> dict[str, float]:
+        means = totals.means(self.rank)
+        if self.win_rates is not None:
+            means["loss"] += self.win_rates.loss(self._win_sums(totals, self.win_rates))
+        return means
+
+    def _losses(self, batch: Sequence[PairGroup], totals: Totals, slopes: Tensor | None = None) -> Tensor:
         """Losses of the pairs of one micro-batch. An empty one goes through the model all the same, with weight 0."""
         texts = [self.data.texts[text] for group in batch for text in group.texts]
         scores = self._scores(texts or [self.filler])
@@ -242,7 +270,12 @@ class _Trainer:
         )
         losses = pair_losses(scores[chosen], scores[rejected], targets, self.config, self.scale)
         totals.add(losses, scores[chosen], scores[rejected], sum(len(text.input_ids) for text in texts))
-        return losses
+        if self.win_rates is None:
+            return losses
+        wins = self.win_rates.wins(scores[chosen], scores[rejected], rows, self.config.win_rate_temperature * self.scale)
+        sums = self.win_rates.sums(wins, rows)
+        totals.wins = sums if totals.wins is None else totals.wins + sums
+        return losses if slopes is None else losses + self.win_rates.linear_losses(wins, rows, slopes)
 
     def _scores(self, texts: Sequence[Rendered]) -> Tensor:
         return self.engine.score(collate(texts, self.model.pad_token_id, self.rank.device))
@@ -256,7 +289,7 @@ class _Trainer:
         with torch.no_grad():
             for batch in self._share(self.data.held_out):
                 self._losses(batch, totals)
-        means = totals.means(self.rank)
+        means = self._means(totals)
         return {f"eval_{key}": means[key] for key in EVALUATION_KEYS}
 
     def _record(self, record: CurveRecord) -> None:
@@ -355,10 +388,22 @@ def save_model(trained: dict[str, Tensor], job: TrainingJob) -> None:
 
 
 def _read_pairs(job: TrainingJob) -> pl.DataFrame:
+    return _read_table(job.pairs_path, "pairs")
+
+
+def _read_table(path: Path, name: str) -> pl.DataFrame:
     try:
-        return pl.read_parquet(job.pairs_path)
+        return pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise TableError(f"the pairs table {job.pairs_path} cannot be read as Parquet: {error}") from error
+        raise TableError(f"the {name} table {path} cannot be read as Parquet: {error}") from error
+
+
+def _win_rate_targets(job: TrainingJob) -> WinRateTargets | None:
+    if job.config.objective != "win_rate_matching":
+        return None
+    if job.ratings_path is None:
+        raise ConfigError("objective 'win_rate_matching' needs the policy models' ratings; give the job a ratings_path")
+    return WinRateTargets(validate(_read_pairs(job), PAIRS), _read_table(job.ratings_path, "ratings"))
 
 
 def _pair_positions(batch: Sequence[PairGroup]) -> tuple[list[int], list[int], list[int]]:

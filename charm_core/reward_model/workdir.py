@@ -43,13 +43,17 @@ class Failure(BaseModel):
 
 def identity(job: TrainingJob) -> dict[str, object]:
     """What a training job learns from what, as JSON-able data; two jobs with the same identity may share checkpoints."""
-    with open(job.pairs_path, "rb") as pairs:
-        digest = hashlib.file_digest(pairs, "sha256").hexdigest()
     return {
         "model": job.model.model_dump(mode="json", exclude={"batch_tokens"}),
         "config": job.config.model_dump(mode="json", exclude=NOT_IDENTITY),
-        "pairs_sha256": digest,
+        "pairs_sha256": _digest(job.pairs_path),
+        "ratings_sha256": _digest(job.ratings_path) if job.ratings_path else None,
     }
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def claim(job: TrainingJob) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> int:
     launch_file = Path(arguments[0])
     launch = Launch.model_validate_json(launch_file.read_text())
     watch_parents(launch.parent)
+    # DeepSpeed calls what torch.distributed has since renamed, several times a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         if launch.training is not None:
             _train(launch.training)
@@ -41,7 +44,7 @@ def main(arguments: list[str]) -> int:
         kind = type(error).__name__ if isinstance(error, CharmError) else "unexpected"
         # The rank that fails first has the reason; the others fail because it is gone.
         if not (launch_file.parent / FAILURE).exists():
-            failure = Failure(kind=kind, message=str(error) if kind != "unexpected" else repr(error))
+            failure = Failure(kind=kind, message=str(error) if kind != "unexpected" else traceback.format_exc())
             write_text(launch_file.parent / FAILURE, failure.model_dump_json())
         sys.stderr.flush()
         # Not through the interpreter's exit handlers: peers may be gone, and tearing down the group would wait for them.
@@ -104,6 +107,8 @@ def _join_group(backend: str) -> None:
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.WARNING)
+    # Otherwise it compiles a shared-memory reduction on first use, over a minute, that training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
 

@@ -1,0 +1,29 @@
+"""What tests of all three packages share: real parts, started once."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.settings import CHECKOUT, prepare_environment
+
+prepare_environment()  # before Prefect and MLflow read their settings
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data next to the checkout; tests that use it skip where it is absent."""
+    folder = Path(os.environ.get("CHARM_TEST_DATA", CHECKOUT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_session() -> Iterator[None]:
+    """A Prefect server with a database of its own, for all tests that run flows."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
