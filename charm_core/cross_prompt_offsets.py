@@ -65,7 +65,7 @@ def solve_cross_prompt(
     """
     low = min(float(target.reference.min() - target.scores.max()) for target in targets)
     high = max(float(target.reference.max() - target.scores.min()) for target in targets)
-    margin = 40.0 * score_temperature + 1e-3 * (high - low) + np.finfo(np.float64).tiny
+    margin = 40.0 * score_temperature + 1e-3 * (high - low) + float(np.finfo(np.float64).tiny)
     low, high = low - margin, high + margin
     if score_temperature == 0.0:
         return _hard_root(targets, low, high)

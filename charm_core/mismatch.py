@@ -6,6 +6,8 @@ Elo points, from a Bradley-Terry fit to the reward model's own paired wins, anch
 Intervals and p-values come from a bootstrap that carries prompt and rating uncertainty (``mismatch_values.py``).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
@@ -23,7 +25,16 @@ from charm_core.mismatch_values import (
 )
 from charm_core.records import Estimate, Record
 from charm_core.resampling import holm_adjusted, normal_p_values, percentile_estimate, reflected_estimate
-from charm_core.scores import PairOutcomes, ScoreMatrix, preference_outcomes, score_matrix, score_outcomes
+from charm_core.scores import (
+    PairOutcomes,
+    ScoreMatrix,
+    pairs_with,
+    preference_outcomes,
+    score_matrix,
+    score_outcomes,
+    win_rate_outcomes,
+)
+from charm_core.tables import RATINGS, validate
 
 __all__ = [
     "MismatchConfig",
@@ -33,7 +44,9 @@ __all__ = [
     "empirical_win_rate",
     "measure_mismatch",
     "measure_preference_mismatch",
+    "measure_win_rate_mismatch",
     "mismatch_degree",
+    "own_ratings",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -102,7 +115,7 @@ def empirical_win_rate(scores: pl.DataFrame, model_a: str, model_b: str) -> floa
 
 
 def measure_mismatch(
-    scores: pl.DataFrame, ratings: pl.DataFrame, config: MismatchConfig | None = None
+    scores: pl.DataFrame, ratings: pl.DataFrame, config: MismatchConfig | None = None, focus: Sequence[str] = ()
 ) -> MismatchReport:
     """Compare a reward model's scores with the Arena.
 
@@ -110,6 +123,7 @@ def measure_mismatch(
         scores: A SCORES frame. Missing cells are allowed: every pair uses the prompts that it shares.
         ratings: A RATINGS frame of one board at one date; it may hold more models.
         config: Settings.
+        focus: Only pairs with at least one of these models count, such as models that a calibration never saw.
 
     Raises:
         TableError, GraphError: See ``score_matrix``.
@@ -117,7 +131,13 @@ def measure_mismatch(
     """
     matrix = score_matrix(scores)
     means = np.nanmean(matrix.values, axis=0)
-    return _report(score_outcomes(matrix), ratings, config or MismatchConfig(), means, gap=_smallest_score_gap(matrix))
+    return _report(
+        pairs_with(score_outcomes(matrix), focus),
+        ratings,
+        config or MismatchConfig(),
+        means,
+        gap=_smallest_score_gap(matrix),
+    )
 
 
 def measure_preference_mismatch(
@@ -135,6 +155,43 @@ def measure_preference_mismatch(
         RatingsError: A policy model has no rating.
     """
     return _report(preference_outcomes(preferences), ratings, config or MismatchConfig(), means=None, gap=None)
+
+
+def measure_win_rate_mismatch(
+    win_rates: pl.DataFrame, ratings: pl.DataFrame, config: MismatchConfig | None = None
+) -> MismatchReport:
+    """Compare published win rates with the Arena; see ``scores.win_rate_outcomes`` for what stands in for the prompts.
+
+    Args:
+        win_rates: A WIN_RATES frame.
+        ratings: A RATINGS frame of one board at one date; it may hold more models.
+        config: Settings.
+
+    Raises:
+        TableError, GraphError: See ``win_rate_outcomes``.
+        RatingsError: A policy model has no rating.
+    """
+    return _report(win_rate_outcomes(win_rates), ratings, config or MismatchConfig(), means=None, gap=None)
+
+
+def own_ratings(scores: pl.DataFrame, ratings: pl.DataFrame) -> pl.DataFrame:
+    """The Elo that a reward model's own paired wins amount to, anchored to the Arena's mean.
+
+    Args:
+        scores: A SCORES frame.
+        ratings: A RATINGS frame; it may hold more models.
+
+    Returns:
+        A RATINGS frame without intervals; finite also where a model wins or loses everything (continuity-corrected).
+    """
+    outcomes = score_outcomes(score_matrix(scores))
+    board = select_ratings(ratings, outcomes.policy_models)
+    values = mismatch_values(outcomes, board.get_column("rating").to_numpy())
+    nothing = [pl.lit(None, dtype=RATINGS.columns[name]).alias(name) for name in ("rating_low", "rating_high", "votes")]
+    return validate(
+        board.with_columns(pl.col("rating") + pl.Series(values.overvaluation), *nothing).select(list(RATINGS.columns)),
+        RATINGS,
+    )
 
 
 def _report(

@@ -5,7 +5,7 @@ a missing cell is a missing row and takes only that model's pairs on that prompt
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from charm_core.comparison_graph import name_models, require_connected
 from charm_core.errors import TableError
-from charm_core.tables import PREFERENCES, SCORES, validate
+from charm_core.tables import PREFERENCES, SCORES, WIN_RATES, validate
 
 FloatArray = NDArray[np.float64]
 
@@ -149,6 +149,66 @@ def preference_outcomes(preferences: pl.DataFrame) -> PairOutcomes:
     )
 
 
+def win_rate_outcomes(win_rates: pl.DataFrame) -> PairOutcomes:
+    """Outcomes that stand for published win rates, whose single prompts are not known.
+
+    Each pair gets as many outcomes as it had prompts, with exactly the published mean and a spread that makes the
+    standard error of their mean the published one. Their order is random and independent between pairs: what the pairs
+    owe to common prompts is not published either.
+
+    Args:
+        win_rates: A WIN_RATES frame.
+
+    Raises:
+        TableError: A bad table, a win rate outside of [0, 1], fewer than two prompts, or a model compared with itself.
+        GraphError: The comparisons do not connect all models.
+    """
+    table = validate(win_rates, WIN_RATES)
+    _check_win_rates(table)
+    models = pl.concat([table.get_column("model_a"), table.get_column("model_b")]).unique().sort().to_list()
+    first, second = (
+        table.get_column(side).cast(pl.Enum(models)).to_physical().to_numpy().astype(np.intp)
+        for side in ("model_a", "model_b")
+    )
+    compared = np.zeros((len(models), len(models)), dtype=np.bool_)
+    compared[first, second] = True
+    require_connected(compared, models)
+    prompts = table.get_column("prompts").to_list()
+    outcomes = np.full((max(prompts), table.height), np.nan, dtype=np.float32)
+    rng = np.random.default_rng(0)
+    rows = zip(table.get_column("win_rate"), table.get_column("standard_error"), prompts, strict=True)
+    for column, (mean, error, number) in enumerate(rows):
+        # +1 and -1 in equal numbers, and one 0 where their number is odd
+        signs = np.resize([1.0, -1.0], number - number % 2)
+        deviations = rng.permutation(np.append(signs, np.zeros(number % 2)))
+        outcomes[:number, column] = mean + deviations * error * number / np.sqrt(signs.size)
+    return PairOutcomes(
+        prompt_ids=tuple(map(str, range(max(prompts)))),
+        policy_models=tuple(models),
+        first=first,
+        second=second,
+        outcomes=outcomes,
+    )
+
+
+def pairs_with(outcomes: PairOutcomes, focus: Sequence[str]) -> PairOutcomes:
+    """Only the pairs that have at least one of the named models; all if none is named.
+
+    Raises:
+        TableError: A named model is not among the policy models.
+    """
+    if not focus:
+        return outcomes
+    unknown = sorted(set(focus) - set(outcomes.policy_models))
+    if unknown:
+        raise TableError(f"no scores for the policy models {name_models(unknown)}; correct the names or score them")
+    chosen = [outcomes.policy_models.index(model) for model in focus]
+    kept = np.isin(outcomes.first, chosen) | np.isin(outcomes.second, chosen)
+    return replace(
+        outcomes, first=outcomes.first[kept], second=outcomes.second[kept], outcomes=outcomes.outcomes[:, kept]
+    )
+
+
 def _models_to_keep(table: pl.DataFrame, policy_models: Sequence[str] | None) -> list[str]:
     present = table.get_column("policy_model").unique().sort().to_list()
     models = present if policy_models is None else list(policy_models)
@@ -173,6 +233,23 @@ def _check_shared(compared: NDArray[np.bool_], models: Sequence[str]) -> None:
             f"score responses to one common set of prompts and check that prompt_id means the same for all of them"
         )
     require_connected(compared, models)
+
+
+def _check_win_rates(table: pl.DataFrame) -> None:
+    wrong = table.filter(
+        ~pl.col("win_rate").is_between(0.0, 1.0)
+        | (pl.col("standard_error") < 0)
+        | (pl.col("prompts") < 2)
+        | (pl.col("model_a") == pl.col("model_b"))
+    )
+    if not wrong.is_empty():
+        raise TableError(
+            f"{wrong.height} win rates are unusable, first {wrong.row(0, named=True)}; a win rate lies in [0, 1], its standard "
+            f"error is not negative, it comes from at least two prompts and compares two different models"
+        )
+    reverse = table.select(model_a="model_b", model_b="model_a").join(table, on=["model_a", "model_b"], how="semi")
+    if not reverse.is_empty():
+        raise TableError(f"the win rate of {reverse.row(0)} is given in both orders; keep one")
 
 
 def _check_preferences(table: pl.DataFrame) -> None:

@@ -21,7 +21,7 @@ _FLOURISHES, _HEDGES, _MARKS, _FILLERS = 20, 12, 4, 60
 _SENTENCE = 9
 _REQUESTS = ("explain", "describe", "compare", "summarise", "discuss", "introduce")
 _AUDIENCES = ("children", "students", "experts", "travellers", "colleagues", "neighbours")
-_PROMPT_WORDS = ("please", "and", "for", *_REQUESTS, *_AUDIENCES)
+_PROMPT_WORDS = ("please", "and", "for", "of", "from", *_REQUESTS, *_AUDIENCES)
 _PUNCTUATION = (".", ",")
 
 
@@ -86,9 +86,10 @@ def invent_lexicon(rng: np.random.Generator, topics: int, facts_per_topic: int) 
 
 
 def write_prompt(rng: np.random.Generator, lexicon: Lexicon, topics: Sequence[int]) -> str:
-    """A request to write about the given topics."""
+    """A request to write about the given topics, worded so that hardly any two prompts are the same."""
     request, audience = rng.choice(_REQUESTS), rng.choice(_AUDIENCES)
-    return f"please {request} {' and '.join(lexicon.topics[topic] for topic in topics)} for {audience}."
+    origin = " from ".join(rng.choice(lexicon.fillers, 2))
+    return f"please {request} {' and '.join(lexicon.topics[topic] for topic in topics)} for {audience} of {origin}."
 
 
 def write_response(

@@ -97,15 +97,13 @@ def simulate_arena(config: SimulationConfig) -> SimulatedArena:
     counts = draw_counts(prompts_rng, writers, config.prompts, config)
     prompts, responses = _write_texts(prompts_rng, lexicon, habits, writers, counts, "simulated")
     label_counts = draw_counts(labels_rng, writers, config.label_prompts, config)
-    label_prompts, label_responses = _write_texts(labels_rng, lexicon, habits, writers, label_counts, "label")
+    labelled = _write_texts(labels_rng, lexicon, habits, writers, label_counts, "label")
     return SimulatedArena(
         prompts=validate(prompts, PROMPTS),
         responses=validate(responses, RESPONSES),
         battles=cast_votes(votes_rng, writers, config),
         true_quality=validate(_as_scores(responses, true_quality(counts, config)), SCORES),
-        biased_pairs=label_pairs(
-            labels_rng, label_prompts, label_responses, label_utility(label_counts, config), config
-        ),
+        biased_pairs=label_pairs(labels_rng, *labelled, label_utility(label_counts, config), config),
         writers=_writers_frame(writers),
         vocabulary=lexicon.vocabulary,
     )

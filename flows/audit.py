@@ -1,6 +1,6 @@
 """Is this reward model biased? Ratings and scores in, a mismatch report out. Nothing is trained.
 
-    python -m flows.audit --config benchmarks/real/audit_internlm2.toml
+python -m flows.audit --config benchmarks/real/audit_internlm2.toml
 """
 
 import sys

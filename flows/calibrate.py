@@ -1,7 +1,7 @@
 """The main job, end to end: measure where a reward model disagrees with people, correct it, show whether that worked.
 
-    python -m flows.calibrate --preset demo
-    python -m flows.calibrate --config benchmarks/real/calibrate_minilm.toml
+python -m flows.calibrate --preset demo
+python -m flows.calibrate --config benchmarks/real/calibrate_minilm.toml
 """
 
 import sys
@@ -17,7 +17,7 @@ from flows.runs import CalibrationRun
 from flows.session import Session, check_services, open_session
 from flows.sources import Sources, gather_sources
 from tasks.benchmarking import run_benchmarks
-from tasks.debiasing import View, build_pairs, choose_models, fit_model_offsets, offset_scores
+from tasks.debiasing import View, build_pairs, choose_models, fit_model_offsets, offset_scores, rate_by_scores
 from tasks.evaluation import compare_variants, evaluate_variant, judge_truth
 from tasks.evidence import CurveParts, DomainParts, ReportParts, compose_report
 from tasks.prompts import select_responses, split_responses
@@ -26,7 +26,7 @@ from tasks.registry import package_model, register_model
 from tasks.reporting import ReportVariant, VariantName, mismatch_markdown
 from tasks.scoring import Scored, score_responses
 from tasks.store import ArtifactRef
-from tasks.training import TrainedModel, log_training, train_reward_model
+from tasks.training import TrainedModel, log_training, ratings_for, train_reward_model
 
 COMPARED: tuple[tuple[VariantName, VariantName], ...] = (
     ("untouched", "calibrated"),
@@ -53,10 +53,16 @@ def calibrate(run: CalibrationRun) -> Outcome:
         selection = choose_models(mismatch, run.selection)
         offsets = fit_model_offsets(untouched.scores, ratings, split, seen, selection, run.calibration)
         pairs, control_pairs = (
-            build_pairs(responses, untouched.scores, fit, split, seen, selection, run.preferences) for fit in (offsets, None)
+            build_pairs(responses, untouched.scores, fit, split, seen, selection, run.preferences)
+            for fit in (offsets, None)
         )
-        calibrated = train_reward_model("calibrated", sources.reward_model, pairs.pairs, looked_at, run.training)
-        control = train_reward_model("control", sources.reward_model, control_pairs.pairs, looked_at, run.training)
+        own = rate_by_scores(untouched.scores, ratings, split, seen)
+        calibrated = train_reward_model(
+            "calibrated", sources.reward_model, pairs.pairs, ratings_for(run.training, ratings), run.training
+        )
+        control = train_reward_model(
+            "control", sources.reward_model, control_pairs.pairs, ratings_for(run.training, own), run.training
+        )
         log_training(session.store, session.run, {"calibrated": calibrated, "control": control})
 
         scored: dict[VariantName, Scored] = {
@@ -78,7 +84,9 @@ def calibrate(run: CalibrationRun) -> Outcome:
                 selection=selection,
                 offsets=offsets,
                 pairs=pairs.summary,
-                curves=tuple(_curve(variant, model) for variant, model in (("calibrated", calibrated), ("control", control))),
+                curves=tuple(
+                    _curve(variant, model) for variant, model in (("calibrated", calibrated), ("control", control))
+                ),
                 benchmarks=run_benchmarks(
                     run.benchmarks,
                     {"untouched": sources.reward_model, "control": control.model, "calibrated": calibrated.model},
@@ -189,7 +197,9 @@ def _warnings(scored: Scored, empty_responses: int) -> tuple[str, ...]:
 
 def _show_mismatch(session: Session, evidence: ArtifactRef) -> None:
     report = session.store.read_record(evidence, ReportVariant).mismatch
-    publish_markdown("mismatch", mismatch_markdown(report), "Mismatch of the untouched reward model, calibration prompts")
+    publish_markdown(
+        "mismatch", mismatch_markdown(report), "Mismatch of the untouched reward model, calibration prompts"
+    )
 
 
 def start(run: CalibrationRun) -> str:

@@ -64,7 +64,9 @@ def finish(session: Session, report: Report, **extra: Any) -> Outcome:
     session.run.log_text(data.model_dump_json(indent=1), "report.json")
     path = _local_path(report.html.uri)
     summary = summary_text(data)
-    publish_link(f"{data.kind}-report", Path(path).as_uri() if path else report.html.uri, "Report", summary.splitlines()[0])
+    publish_link(
+        f"{data.kind}-report", Path(path).as_uri() if path else report.html.uri, "Report", summary.splitlines()[0]
+    )
     publish_markdown(f"{data.kind}-summary", f"```\n{summary}\n```", "Summary")
     return Outcome(
         report=report.html,
@@ -100,7 +102,9 @@ def _domain_metrics(domain: ReportDomain) -> dict[str, float | None]:
         metrics[f"{prefix}/spearman with elo"] = variant.agreement.spearman.value if variant.agreement else None
         metrics[f"{prefix}/score length correlation"] = variant.length_correlation
     for item in domain.comparisons:
-        metrics[f"{item.after} minus {item.before}/{domain.label}/mean absolute mismatch"] = item.comparison.difference.value
+        metrics[f"{item.after} minus {item.before}/{domain.label}/mean absolute mismatch"] = (
+            item.comparison.difference.value
+        )
     return metrics
 
 

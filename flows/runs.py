@@ -27,7 +27,9 @@ class AuditRun(_Run):
     Say where the ratings come from (arena) and give one of: scores; preferences; win_rates; responses with a reward_model.
     """
 
-    name: str = Field(default="audit", min_length=1, description="What this run is called in Prefect, MLflow and the report.")
+    name: str = Field(
+        default="audit", min_length=1, description="What this run is called in Prefect, MLflow and the report."
+    )
     simulation: SimulatedWorld | None = Field(default=None, description="A simulated arena instead of real sources.")
     arena: ArenaConfig | None = Field(default=None, description="Where the ratings come from.")
     scores: ScoresConfig | None = Field(default=None, description="Scores that exist already.")
@@ -38,7 +40,9 @@ class AuditRun(_Run):
     responses: ResponsesConfig | None = Field(default=None, description="Responses to score.")
     reward_model: RewardModelSpec | None = Field(default=None, description="The reward model to score them with.")
     mismatch: MismatchConfig = Field(default=MismatchConfig(), description="How mismatch is measured.")
-    selection: SelectionConfig = Field(default=SelectionConfig(), description="Which models a calibration would choose.")
+    selection: SelectionConfig = Field(
+        default=SelectionConfig(), description="Which models a calibration would choose."
+    )
     calibration: OffsetConfig = Field(default=OffsetConfig(), description="How offsets are fitted.")
     offset_splits: int = Field(
         default=20, ge=0, le=1000,
@@ -59,7 +63,9 @@ class AuditRun(_Run):
             if value is not None
         ]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of simulation, scores, preferences, win_rates or responses, not {given}")
+            raise ValueError(
+                f"give exactly one of simulation, scores, preferences, win_rates or responses, not {given}"
+            )
         if (self.responses is None) != (self.reward_model is None):
             raise ValueError("responses need a reward_model to score them with, and only they do")
         if (self.simulation is None) == (self.arena is None):
@@ -73,7 +79,9 @@ class CalibrationRun(_Run):
     Say where ratings (arena) and responses come from and which reward_model is meant, or use a simulation.
     """
 
-    name: str = Field(default="calibrate", min_length=1, description="What this run is called in Prefect, MLflow and the report.")
+    name: str = Field(
+        default="calibrate", min_length=1, description="What this run is called in Prefect, MLflow and the report."
+    )
     simulation: SimulatedWorld | None = Field(default=None, description="A simulated arena instead of real sources.")
     arena: ArenaConfig | None = Field(default=None, description="Where the ratings come from.")
     responses: ResponsesConfig | None = Field(default=None, description="Responses of the policy models.")

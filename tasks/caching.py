@@ -22,9 +22,9 @@ from prefect import Task
 from prefect.cache_policies import CachePolicy
 from prefect.filesystems import WritableFileSystem
 from prefect.results import ResultRecord  # type: ignore[attr-defined] # re-exported, though not by name
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
-from charm_core.errors import ConfigError
+from charm_core.errors import ArtifactError, ConfigError
 from tasks.store import ArtifactRef, ArtifactStore
 
 logger = logging.getLogger(__name__)
@@ -112,11 +112,15 @@ class ContentPolicy(CachePolicy):
         return self.content_key
 
 
-def _drop_if_stale(store: ArtifactStore, key: str) -> None:
+def _drop_if_stale(store: ArtifactStore, key: str, kind: TypeAdapter[Any]) -> None:
     try:
-        recorded: Any = ResultRecord.deserialize(store.read_step(key)).result
-    except Exception as error:  # missing, damaged or of an older form: to Prefect too it is not there
-        logger.debug("no usable record %s: %s", key, error)
+        record: ResultRecord[Any] = ResultRecord.deserialize(store.read_step(key))
+        recorded = kind.validate_python(record.result)
+    except ArtifactError:  # missing or damaged: to Prefect too it is not there
+        return
+    except ValueError as error:
+        logger.warning("the record %s is of another form; the step runs again: %s", key, error)
+        store.forget_step(key)
         return
     if not all(store.is_sound(ref) for ref in _references(recorded)):
         logger.warning("a file of %s is missing or damaged; the step runs again", key)
@@ -169,11 +173,12 @@ class Step(Generic[P, R]):
         self.version = version
         self.function = function
         self._signature = inspect.signature(function)
-        self._task: Task[..., R] = Task(
-            function,
+        self._kind: TypeAdapter[R] = TypeAdapter(self._signature.return_annotation)
+        self._task: Task[..., Any] = Task(
+            self._plain(function),
             name=self.name,
             persist_result=True,
-            result_serializer="json",  # readable, and nothing is ever unpickled
+            result_serializer="json",
             cache_result_in_memory=False,  # a record dropped as stale must be gone
             **options,
         )
@@ -183,11 +188,20 @@ class Step(Generic[P, R]):
         """Run the step, or take its recorded result, in the current flow."""
         store = _store.get()
         key = self.key(*args, **kwargs)
-        _drop_if_stale(store, key)
+        _drop_if_stale(store, key, self._kind)
         bound = self._task.with_options(cache_policy=ContentPolicy(content_key=key))
         # with_options accepts only blocks that are saved on a server; a worker without that server must work too
         bound.result_storage = StepRecords(store=store)
-        return bound(store, *args, **kwargs)
+        return self._kind.validate_python(bound(store, *args, **kwargs))
+
+    def _plain(self, function: Callable[Concatenate[ArtifactStore, P], R]) -> Callable[..., Any]:
+        """The function with a result that JSON holds: nothing is unpickled, and a cached result equals a fresh one."""
+
+        @functools.wraps(function)
+        def plain(*args: Any, **kwargs: Any) -> Any:
+            return self._kind.dump_python(function(*args, **kwargs), mode="json")
+
+        return plain
 
     def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """Cache key of a call with these arguments."""

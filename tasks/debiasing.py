@@ -3,6 +3,7 @@
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
+from charm_core.mismatch import own_ratings
 from charm_core.offset_check import OffsetCheck, split_half_check
 from charm_core.offsets import OffsetConfig, OffsetFit, apply_offsets, fit_offsets
 from charm_core.preferences import PairSummary, PreferenceConfig, build_preference_pairs
@@ -22,7 +23,9 @@ class View(BaseModel):
     label: str = Field(description="How a sentence names it, such as 'held-out prompts'.")
     parts: tuple[str, ...] = Field(default=(), description="Parts of the split; all prompts if empty.")
     policy_models: tuple[str, ...] = Field(default=(), description="Policy models; all if empty.")
-    focus: tuple[str, ...] = Field(default=(), description="Only pairs with at least one of these models; all if empty.")
+    focus: tuple[str, ...] = Field(
+        default=(), description="Only pairs with at least one of these models; all if empty."
+    )
 
 
 class PairSet(BaseModel):
@@ -78,6 +81,15 @@ def offset_scores(store: ArtifactStore, scores: ArtifactRef, offsets: ArtifactRe
 
 
 @step(version=1)
+def rate_by_scores(
+    store: ArtifactStore, scores: ArtifactRef, ratings: ArtifactRef, split: ArtifactRef, view: View
+) -> ArtifactRef:
+    """Ratings that the reward model's own wins amount to: what the control is trained towards instead of people's."""
+    own = own_ratings(read_view(store, scores, split, view), store.read_table(ratings, RATINGS))
+    return store.write_table(own, RATINGS)
+
+
+@step(version=1)
 def build_pairs(
     store: ArtifactStore,
     responses: ResponseSet,
@@ -91,7 +103,7 @@ def build_pairs(
     """Preference pairs in the order of the calibrated scores; without offsets, the control."""
     calibrated = read_view(store, scores, split, view)
     models = calibrated.get_column("policy_model").unique().sort().to_list()
-    fitted = store.read_record(offsets, OffsetFit).values() if offsets else {}
+    fitted = store.read_record(offsets, OffsetFit).as_mapping() if offsets else {}
     built = build_preference_pairs(
         store.read_table(responses.prompts, PROMPTS),
         store.read_table(responses.responses, RESPONSES),

@@ -60,7 +60,9 @@ def evaluate_variant(
         score_quantiles=_score_quantiles(seen),
         scoring=_scoring_notes(scoring) if scoring else None,
         length_correlation=(
-            score_length_correlation(seen, store.read_table(responses, RESPONSES)) if responses is not None else None
+            score_length_correlation(seen, store.read_table(responses, RESPONSES)).overall
+            if responses is not None
+            else None
         ),
     )
     return store.write_record(variant, "evidence")
@@ -97,15 +99,18 @@ def judge_truth(
     evidence: ArtifactRef,
     split: ArtifactRef,
     view: View,
-    held_out: tuple[str, ...],
 ) -> ArtifactRef:
     """What only a simulation can know: planted against estimated bias, accuracy against the true quality."""
-    found = {model.policy_model: model.overvaluation for model in store.read_record(evidence, ReportVariant).mismatch.models}
+    found = {
+        model.policy_model: model.overvaluation for model in store.read_record(evidence, ReportVariant).mismatch.models
+    }
     planted = planted_overvaluation(world)
     quality = store.read_table(simulated.true_quality, SCORES)
     truth = TruthReport(
         planted=tuple(
-            PlantedBias(policy_model=model, planted=planted[model], estimated=found[model], held_out=model in held_out)
+            PlantedBias(
+                policy_model=model, planted=planted[model], estimated=found[model], held_out=model in view.focus
+            )
             for model in sorted(found)
         ),
         accuracy=tuple(
@@ -134,9 +139,7 @@ def compare_variants(
         config,
         view.focus,
     )
-    return store.write_record(
-        ReportComparison(before=before[0], after=after[0], comparison=comparison), "comparison"
-    )
+    return store.write_record(ReportComparison(before=before[0], after=after[0], comparison=comparison), "comparison")
 
 
 def _scoring_notes(summary: ScoringSummary) -> ScoringNotes:

@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from charm_core.records import Estimate
 
 WIDE = 912
-NARROW = 336
+NARROW = 320
 
 # placeholder, plain colour on white; the name is the CSS variable's; Okabe and Ito's hues are safe for colour blindness
 _COLOURS = {
@@ -297,23 +297,17 @@ def _row_frame(axes: Axes, label: str, y: float, pitch: float, narrow: bool, sha
 
 def _dots(axes: Axes, series: Series, heights: Mapping[str, float]) -> None:
     known = {row: one for row, one in series.estimates.items() if row in heights and one.value is not None}
-    extents = {row: _extent(one.low, one.value, one.high) for row, one in known.items()}
-    axes.hlines(
-        [heights[row] for row in known],
-        [min(extent) for extent in extents.values()],
-        [max(extent) for extent in extents.values()],
-        color=_colour(series.variant),
-        linewidth=2,
-        zorder=3,
-    )
+    y = [heights[row] for row in known]
+    extents = [_extent(one.low, one.value, one.high) for one in known.values()]
+    low, high = [min(extent) for extent in extents], [max(extent) for extent in extents]
+    axes.hlines(y, low, high, color=_colour(series.variant), linewidth=2, zorder=3)
     for hollow in (False, True):
         rows = [row for row in known if (row in series.hollow) == hollow]
-        _markers(axes, series.variant, [(known[row].value, heights[row]) for row in rows], hollow=hollow, size=6.5)
+        places = [(value, heights[row]) for row in rows for value in _extent(known[row].value)]
+        _markers(axes, series.variant, places, hollow=hollow, size=6.5)
 
 
-def _markers(
-    axes: Axes, variant: str, places: Sequence[tuple[float | None, float]], *, hollow: bool, size: float
-) -> None:
+def _markers(axes: Axes, variant: str, places: Sequence[tuple[float, float]], *, hollow: bool, size: float) -> None:
     fill, edge = (_SURFACE if hollow else _colour(variant)), _colour(variant)
     x, y = [x for x, _ in places], [y for _, y in places]
     axes.plot(x, y, _MARKERS[variant], ms=size, mfc=fill, mec=edge, mew=1.4, zorder=4)

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +25,8 @@ from charm_core import errors
 from charm_core.errors import ConfigError, TrainingError, WorkerLostError
 from charm_core.reward_model.jobs import CurveRecord, Launch, ScoringJob, ScoringSummary, TrainingJob, TrainingOutcome
 from charm_core.reward_model.spec import TrainingConfig
-from charm_core.reward_model.worker import PROGRESS, identify
 from charm_core.reward_model.workdir import CURVE, FAILURE, LOG, Failure, claim, finished_outcome, read_curve, rewind
+from charm_core.reward_model.worker import PROGRESS, identify
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,14 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
             launch.write_text(Launch(training=job, parent=identify(os.getpid())).model_dump_json())
             curve = _CurveReader(job.work_dir / CURVE, on_step)
             with open(job.work_dir / LOG, "a", encoding="utf-8") as log_file:
-                _run(_training_command(launch, job.config), _environment(job.config), launch.parent, log_file, log, curve.poll)
+                _run(
+                    _training_command(launch, job.config),
+                    _environment(job.config),
+                    launch.parent,
+                    log_file,
+                    log,
+                    curve.poll,
+                )
             curve.poll()
             outcome = finished_outcome(job)
             if outcome is None:
@@ -90,7 +96,9 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
     return outcome
 
 
-def run_scoring(job: ScoringJob, on_progress: Callable[[int, int], None] | None = None, log: OnLine | None = None) -> ScoringSummary:
+def run_scoring(
+    job: ScoringJob, on_progress: Callable[[int, int], None] | None = None, log: OnLine | None = None
+) -> ScoringSummary:
     """Score in a process of its own, which returns its memory when it ends.
 
     Args:

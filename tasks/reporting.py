@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from charm_core.agreement import EloAgreement, MismatchComparison
-from charm_core.preferences import PairSummary
-from charm_core.selection import Selection
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field
 
+from charm_core.agreement import EloAgreement, MismatchComparison
 from charm_core.mismatch import MismatchReport, ModelMismatch, PairMismatch
 from charm_core.offsets import OffsetFit
+from charm_core.preferences import PairSummary
 from charm_core.records import Estimate, Record
+from charm_core.selection import Selection
 from tasks import figures
 from tasks.figures import NARROW, WIDE, BoxPanel, Frame, Panel, Point, Series
 
@@ -364,7 +364,7 @@ def _overvaluation_figure(domain: ReportDomain, name: str) -> PageFigure:
     rows = [model.policy_model for model in by_overvaluation(domain)]
     caption = (
         f"Overvaluation per policy model on {domain.label}, in Elo points: right of 0 the reward model ranks it above "
-        f"what people think. Largest for the {domain.variants[0].label} reward model: {rows[0]}. "
+        f"what people think. Largest for the {domain.variants[0].name} reward model: {rows[0]}. "
         f"Lines are {domain.coverage} intervals; filled: significant after Holm's correction, hollow: not."
     )
     unit = "Overvaluation (Elo points)"
@@ -431,8 +431,7 @@ def _distribution_figure(domain: ReportDomain) -> PageFigure | None:
     if not panels:
         return None
     caption = "Scores per policy model, the highest-rated on top: line 5 to 95 %, bar 25 to 75 %, gap at the median."
-    return _page_figure(
-        "distribution", caption, partial(figures.boxes, panels=panels, unit="Score"))
+    return _page_figure("distribution", caption, partial(figures.boxes, panels=panels, unit="Score"))
 
 
 def _offset_figure(data: ReportData) -> PageFigure | None:
@@ -442,7 +441,7 @@ def _offset_figure(data: ReportData) -> PageFigure | None:
     rows = sorted(estimates, key=lambda name: estimates[name].value or 0.0)
     marks = dict.fromkeys(data.offsets.reference_models, "reference")
     series = [Series(variant="offsets", label="offset", estimates=estimates)]
-    caption = "Offset that is added to each policy model's scores, with intervals; the mean over the reference models is 0."
+    caption = "Offset added to each policy model's scores, with intervals; the mean over the reference models is 0."
     return _page_figure(
         "offsets", caption, lambda frame: figures.forest(frame, series, rows, "Offset (score units)", marks=marks)
     )
@@ -622,7 +621,7 @@ def summary_text(data: ReportData, top: int = 5) -> str:
         [model.policy_model, _estimate(model.overvaluation, 0, signed=True), "flagged" if model.flagged else ""]
         for model in by_overvaluation(data.main)[:top]
     ]
-    parts.append(f"most overvalued by the {first.label} reward model, in Elo points")
+    parts.append(f"most overvalued by the {first.name} reward model, in Elo points")
     parts.append(_aligned([["policy model", "overvaluation", ""], *rows]))
     parts.extend(f"warning: {warning}" for warning in data.warnings)
     return "\n\n".join(parts) + "\n"

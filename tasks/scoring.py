@@ -13,9 +13,9 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ConfigError, ModelError
+from charm_core.responses import ColumnNames, ingest_preferences, ingest_scores, ingest_win_rates
 from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
 from charm_core.reward_model.spec import RewardModelSpec
-from charm_core.responses import ColumnNames, ingest_preferences, ingest_scores, ingest_win_rates
 from charm_core.tables import PREFERENCES, PROMPTS, RESPONSES, SCORES, WIN_RATES
 from tasks.caching import step
 from tasks.launching import run_scoring
@@ -36,7 +36,9 @@ class ScoresConfig(BaseModel):
     columns: ColumnNames = Field(default=ColumnNames(), description="What its columns are called.")
     where: dict[str, str] = Field(default={}, description="Keep rows whose column equals the value.")
     policy_models: tuple[str, ...] = Field(default=(), description="Keep these policy models; all if empty.")
-    opponent: str | None = Field(default=None, description="Win rates only: the one opponent, where no column names it.")
+    opponent: str | None = Field(
+        default=None, description="Win rates only: the one opponent, where no column names it."
+    )
     percent: bool = Field(default=False, description="Win rates only: they and their standard errors are in percent.")
 
     def identity(self) -> dict[str, Any]:
@@ -94,7 +96,11 @@ def identify_reward_model(spec: RewardModelSpec) -> RewardModelRef:
     """
     folder = Path(spec.path).expanduser()
     if folder.is_dir():
-        files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _NOT_WEIGHTS}
+        files = {
+            path.name: file_digest(path)
+            for path in sorted(folder.iterdir())
+            if path.is_file() and path.name not in _NOT_WEIGHTS
+        }
         digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
         return RewardModelRef(spec=spec.model_copy(update={"path": str(folder.resolve())}), digest=digest)
     if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1:
@@ -149,7 +155,9 @@ def load_win_rates(store: ArtifactStore, file: SourceFile, config: ScoresConfig)
         read_source(file), config.columns, where=config.where, opponent=config.opponent, percent=config.percent
     )
     win_rates = _among(published, config)
-    return LoadedTable(table=store.write_table(win_rates, WIN_RATES), policy_models=_names(win_rates, "model_a", "model_b"))
+    return LoadedTable(
+        table=store.write_table(win_rates, WIN_RATES), policy_models=_names(win_rates, "model_a", "model_b")
+    )
 
 
 def _among(pairs: pl.DataFrame, config: ScoresConfig) -> pl.DataFrame:

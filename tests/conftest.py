@@ -23,7 +23,10 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def prefect_session() -> Iterator[None]:
     """A Prefect server with a database of its own, for all tests that run flows."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=180):
+    # the end of a flow run waits about a second for its first heartbeat, which serves no test
+    quick = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_LOGGING_TO_API_ENABLED: False}
+    with prefect_test_harness(server_startup_timeout=180), temporary_settings(quick):
         yield

@@ -9,22 +9,25 @@ What is too long is cut by one rule, *starts survive*:
 1. ``max_prompt_characters``, where set, cuts every message of the prompt to its first so many characters.
 2. If the whole exceeds ``max_length`` tokens, the response loses its end, but not the tokens that close the sequence.
 3. If the response would then keep fewer than ``min_response_tokens`` tokens (or all it has), the prompt's longest message
-   loses its end instead, as much as is needed.
+   loses its end instead, as much as is needed; only beside an empty prompt does the response keep still fewer.
 
 A prompt of several messages becomes, for a text pair, ``role: content`` blocks joined by an empty line; a prompt of one
 message is its bare content.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import lru_cache
 from typing import Any
 
 from charm_core.errors import ModelError
 from charm_core.reward_model.spec import RewardModelSpec
 
 # Some templates write today's date into the prompt, which would make a score depend on the day.
-TEMPLATE_DATE = datetime(2024, 7, 26)
+TEMPLATE_DATE = date(2024, 7, 26)
 
 Message = Mapping[str, str]
 
@@ -75,51 +78,71 @@ def render(tokenizer: Any, messages: Sequence[Message], response: str, spec: Rew
     characters_cut = any(len(m["content"]) > len(s["content"]) for m, s in zip(messages, shortened, strict=True))
     render_as = _render_chat if uses_chat_template(tokenizer) else _render_pair
     rendered = render_as(tokenizer, shortened, response, spec)
-    if characters_cut and not rendered.prompt_cut:
-        return Rendered(
-            input_ids=rendered.input_ids,
-            token_type_ids=rendered.token_type_ids,
-            prompt_cut=True,
-            response_cut=rendered.response_cut,
-        )
-    return rendered
+    return replace(rendered, prompt_cut=True) if characters_cut else rendered
 
 
 def _render_chat(tokenizer: Any, messages: Sequence[Message], response: str, spec: RewardModelSpec) -> Rendered:
     conversation = [dict(message) for message in messages]
-    kept_response, prompt_cut = response, False
-    ids = _chat_ids(tokenizer, conversation, kept_response)
-    shortest = response[: _characters_of(tokenizer, response, spec.min_response_tokens)]
-    while len(ids) > spec.max_length and len(kept_response) > len(shortest):
-        kept_response = _without_end(tokenizer, kept_response, len(ids) - spec.max_length, at_least=len(shortest))
-        ids = _chat_ids(tokenizer, conversation, kept_response)
-    while len(ids) > spec.max_length and any(message["content"] for message in conversation):
-        prompt_cut = True
-        longest = max(conversation, key=lambda message: len(message["content"]))
-        longest["content"] = _without_end(tokenizer, longest["content"], len(ids) - spec.max_length, at_least=0)
-        ids = _chat_ids(tokenizer, conversation, kept_response)
-    if len(ids) > spec.max_length:
+    answer = {"role": "assistant", "content": response}
+    least = _characters_of(tokenizer, response, spec.min_response_tokens)
+    excess = _shorten(tokenizer, [*conversation, answer], [answer], least, spec.max_length)
+    if excess:
+        excess = _shorten(tokenizer, [*conversation, answer], conversation, 0, spec.max_length)
+    if excess:
+        excess = _shorten(tokenizer, [*conversation, answer], [answer], 0, spec.max_length)
+    if excess:
         raise ModelError(
-            f"the chat template of {tokenizer.name_or_path!r} with an empty prompt takes {len(ids)} tokens, which is more than "
-            f"max_length={spec.max_length} leaves; raise max_length"
+            f"the chat template of {tokenizer.name_or_path!r} takes {spec.max_length + excess} tokens by itself, more than "
+            f"max_length={spec.max_length}; raise max_length"
         )
     return Rendered(
-        input_ids=tuple(ids), token_type_ids=None, prompt_cut=prompt_cut, response_cut=len(kept_response) < len(response)
+        input_ids=tuple(_chat_ids(tokenizer, [*conversation, answer])),
+        token_type_ids=None,
+        prompt_cut=any(new["content"] != old["content"] for new, old in zip(conversation, messages, strict=True)),
+        response_cut=answer["content"] != response,
     )
 
 
-def _chat_ids(tokenizer: Any, conversation: list[dict[str, str]], response: str) -> list[int]:
+def _shorten(
+    tokenizer: Any, whole: list[dict[str, str]], may_shrink: list[dict[str, str]], least: int, max_length: int
+) -> int:
+    """Take from the end of the longest shrinkable message until the whole fits or all have ``least`` characters.
+
+    Cutting text instead of tokens keeps the result a regular tokenisation; its length is known only after doing it, hence
+    the loop. Returns by how many tokens the whole is still too long.
+    """
+    excess = len(_chat_ids(tokenizer, whole)) - max_length
+    while excess > 0:
+        longest = max(may_shrink, key=lambda message: len(message["content"]))
+        if len(longest["content"]) <= least:
+            return excess
+        longest["content"] = _without_end(tokenizer, longest["content"], excess, at_least=least)
+        excess = len(_chat_ids(tokenizer, whole)) - max_length
+    return 0
+
+
+def _chat_ids(tokenizer: Any, conversation: list[dict[str, str]]) -> list[int]:
+    template = _with_fixed_date(tokenizer.get_chat_template())
     try:
-        text = tokenizer.apply_chat_template(
-            [*conversation, {"role": "assistant", "content": response}], tokenize=False, strftime_now=TEMPLATE_DATE.strftime
-        )
+        text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
     except Exception as error:
         roles = [message["role"] for message in conversation]
         raise ModelError(
-            f"the chat template of {tokenizer.name_or_path!r} refuses a prompt with the roles {roles}: {error}"
+            f"the chat template of {tokenizer.name_or_path!r} refuses a conversation with the roles {roles}: {error}"
         ) from error
     # The template has written the special tokens itself.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@lru_cache
+def _with_fixed_date(template: str) -> str:
+    """The template with its clock stopped at ``TEMPLATE_DATE``."""
+    if "strftime_now" not in template:
+        return template
+    formats = {found[1] for found in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", template)}
+    dates = json.dumps({text: TEMPLATE_DATE.strftime(text) for text in sorted(formats)})
+    macro = f"{{%- macro strftime_now(format) -%}}{{{{ {dates}.get(format, '{TEMPLATE_DATE:%Y-%m-%d}') }}}}{{%- endmacro -%}}"
+    return macro + template
 
 
 def _characters_of(tokenizer: Any, text: str, tokens: int) -> int:
@@ -136,16 +159,17 @@ def _without_end(tokenizer: Any, text: str, tokens: int, *, at_least: int) -> st
 
 
 def _render_pair(tokenizer: Any, messages: Sequence[Message], response: str, spec: RewardModelSpec) -> Rendered:
-    encoded = tokenizer(joined_prompt(messages), response, add_special_tokens=True, verbose=False)
+    # As lists: given as plain strings, an empty response would turn the pair into the prompt alone.
+    encoded = tokenizer([joined_prompt(messages)], [response], add_special_tokens=True, verbose=False)
     owners = encoded.sequence_ids(0)
     tokens = {owner: owners.count(owner) for owner in (0, 1)}
     room = spec.max_length - owners.count(None)
     kept_prompt = min(tokens[0], max(0, room - min(tokens[1], spec.min_response_tokens)))
     kept = {0: kept_prompt, 1: min(tokens[1], room - kept_prompt)}
     chosen = _first_of_each(owners, kept)
-    types = encoded["token_type_ids"] if "token_type_ids" in tokenizer.model_input_names else None
+    types = encoded["token_type_ids"][0] if "token_type_ids" in tokenizer.model_input_names else None
     return Rendered(
-        input_ids=tuple(encoded["input_ids"][i] for i in chosen),
+        input_ids=tuple(encoded["input_ids"][0][i] for i in chosen),
         token_type_ids=None if types is None else tuple(types[i] for i in chosen),
         prompt_cut=kept[0] < tokens[0],
         response_cut=kept[1] < tokens[1],

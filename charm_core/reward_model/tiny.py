@@ -13,7 +13,8 @@ from charm_core.errors import ConfigError
 
 _PAD, _UNKNOWN, _END = "<pad>", "<unknown>", "<end>"
 _ROLES = ("<system>", "<user>", "<assistant>")
-_CHAT_TEMPLATE = "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}{% endfor %}{{ '<end>' }}"
+_MESSAGE = "{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}"
+_CHAT_TEMPLATE = "{% for message in messages %}" + _MESSAGE + "{% endfor %}" + _END
 
 
 def build_tiny_reward_model(
@@ -27,8 +28,8 @@ def build_tiny_reward_model(
 ) -> None:
     """Write an untrained decoder classifier of the Qwen3 type with one label, as a plain Hugging Face folder.
 
-    Its tokenizer knows whole words and has a chat template, and its score is read from the last token: it takes the same
-    path through scoring and training as large reward models do.
+    Its tokenizer knows whole words and has a chat template, and its score is read from the last token: it takes the
+    same path through scoring and training as large reward models do.
 
     Args:
         vocabulary: Every word and punctuation mark that it can tell apart; others become one unknown token.

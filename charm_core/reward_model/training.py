@@ -31,7 +31,15 @@ from charm_core.reward_model.network import RewardNetwork, collate
 from charm_core.reward_model.plan import TrainingData, learning_rate_factor, plan_steps, prepare
 from charm_core.reward_model.rendering import Rendered
 from charm_core.reward_model.win_rates import WinRateTargets
-from charm_core.reward_model.workdir import CURVE, claim, curve_line, finished_outcome, mark_finished, read_curve, rewind
+from charm_core.reward_model.workdir import (
+    CURVE,
+    claim,
+    curve_line,
+    finished_outcome,
+    mark_finished,
+    read_curve,
+    rewind,
+)
 from charm_core.tables import PAIRS, validate
 
 logger = logging.getLogger(__name__)
@@ -335,7 +343,7 @@ class _Trainer:
 
 
 def freeze(network: RewardNetwork, trainable_layers: int | None) -> None:
-    """Leave only the last ``trainable_layers`` transformer layers, what comes after them, and the head trainable.
+    """Leave only the last ``trainable_layers`` transformer layers and the head trainable.
 
     Raises:
         TrainingError: The network has fewer layers.

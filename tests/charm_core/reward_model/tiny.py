@@ -9,9 +9,9 @@ import polars as pl
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     DebertaV2Config,
-    AutoModelForSequenceClassification,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
