@@ -191,7 +191,9 @@ def run_seed(world: World, chosen: dict[str, Recipe], results: Results) -> None:
         [choice.policy_model for choice in selection.references],
     )
     # nothing is known about the held-out writers, so their scores stay as they are
-    offsets = dict.fromkeys(world.run.split.held_out_policy_models, 0.0) | fit.values()
+    offsets = dict.fromkeys(world.run.split.held_out_policy_models, 0.0) | {
+        fitted.policy_model: fitted.offset.value for fitted in fit.offsets if fitted.offset.value is not None
+    }
     scored = {"untouched": world.scores, "offsets": apply_offsets(world.scores, offsets)}
     for name, recipe in chosen.items():
         scored[name] = retrain(world, name, recipe, offsets, selection)

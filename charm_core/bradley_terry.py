@@ -237,7 +237,9 @@ def _newton_step(points: FloatArray, played: FloatArray, strengths: FloatArray) 
     gradient = (points - played * expected).sum(axis=2)
     weights = played * expected * expected.swapaxes(1, 2)
     diagonal = weights.sum(axis=2)
-    scale = diagonal.max(axis=1, initial=0.0)[:, None, None] + np.finfo(np.float64).tiny
+    # the floor keeps the scale off 0 where all sigmoids saturate
+    floor = 1e-12 * played.max(axis=(1, 2)) + np.finfo(np.float64).tiny
+    scale = np.maximum(diagonal.max(axis=1), floor)[:, None, None]
     models = strengths.shape[1]
     # the constant fixes the gauge; the whisper of a ridge keeps a model without comparisons where it is
     hessian = scale * (1.0 / models + 1e-13 * np.eye(models)) - weights

@@ -125,32 +125,46 @@ def _hard_rate(ordered: FloatArray, ordered_reference: FloatArray, offset: float
 def _hard_root(targets: Sequence[CrossPromptTarget], low: float, high: float) -> tuple[float, int]:
     sides = [(np.sort(target.scores), np.sort(target.reference)) for target in targets]
     wanted = float(np.mean([target.probability for target in targets]))
-    evaluations = 0
-    while low < (middle := 0.5 * (low + high)) < high and evaluations < _EVALUATIONS:
-        rate = float(np.mean([_hard_rate(scores, reference, middle) for scores, reference in sides]))
+    rounding = (
+        8
+        * np.finfo(np.float64).eps
+        * max(abs(low), abs(high), *(np.abs(side).max() for pair in sides for side in pair))
+    )
+    beyond, evaluations = 0.5 * (high - low), 0
+    while high - low > rounding and evaluations < _EVALUATIONS:
+        middle = 0.5 * (low + high)
+        rate = _mean_rate(sides, middle)
         evaluations += 1
         low, high = (middle if rate <= wanted else low), (middle if rate >= wanted else high)
-    # the bracket now holds one step; the plateaus on either side of it reach to the neighbouring steps
-    before, after = _neighbouring_steps(sides, low, high)
-    plateaus = [0.5 * (before + low), 0.5 * (high + after), low, high]
-    misses = [
-        abs(float(np.mean([_hard_rate(scores, reference, at) for scores, reference in sides])) - wanted)
-        for at in plateaus
-    ]
-    return plateaus[int(np.argmin(misses))], evaluations
+    # the bracket now holds one step, or lies on a plateau that has just the wanted rate
+    before, step, after = _neighbouring_steps(sides, low - rounding, high + rounding, beyond)
+    places = [0.5 * (before + step), 0.5 * (step + after), step, 0.5 * (before + after)]
+    misses = [round(abs(_mean_rate(sides, place) - wanted), 12) for place in places]
+    return places[int(np.argmin(misses))], evaluations
 
 
-def _neighbouring_steps(sides: Sequence[tuple[FloatArray, FloatArray]], low: float, high: float) -> tuple[float, float]:
-    """The largest difference of any two scores below ``low`` and the smallest above ``high``."""
-    below, above = [], []
+def _mean_rate(sides: Sequence[tuple[FloatArray, FloatArray]], offset: float) -> float:
+    return float(np.mean([_hard_rate(scores, reference, offset) for scores, reference in sides]))
+
+
+def _neighbouring_steps(
+    sides: Sequence[tuple[FloatArray, FloatArray]], low: float, high: float, beyond: float
+) -> tuple[float, float, float]:
+    """The last difference of two scores below ``low``, one between, and the first above ``high``."""
+    below, between, above = [low - beyond], [high], [high + beyond]
     for scores, reference in sides:
-        left = np.searchsorted(reference, scores + low, side="left") - 1
-        right = np.searchsorted(reference, scores + high, side="right")
-        has_left, has_right = left >= 0, right < reference.size
-        below.append((reference[left[has_left]] - scores[has_left]).max(initial=-np.inf))
-        above.append((reference[right[has_right]] - scores[has_right]).min(initial=np.inf))
-    before, after = max(below), min(above)
-    return (float(before) if np.isfinite(before) else low), (float(after) if np.isfinite(after) else high)
+        lower = np.searchsorted(reference, scores + low, side="left")
+        upper = np.searchsorted(reference, scores + high, side="right")
+        has_lower, has_upper, has_step = lower > 0, upper < reference.size, lower < upper
+        below.append(float((reference[lower[has_lower] - 1] - scores[has_lower]).max(initial=-np.inf)))
+        above.append(float((reference[upper[has_upper]] - scores[has_upper]).min(initial=np.inf)))
+        between.append(float((reference[lower[has_step]] - scores[has_step]).min(initial=np.inf)))
+    nearest = min(between)
+    return (
+        max(below[1:]) if np.isfinite(max(below[1:])) else below[0],
+        nearest,
+        (min(above[1:]) if np.isfinite(min(above[1:])) else above[0]),
+    )
 
 
 def _half_angles(

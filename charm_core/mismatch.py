@@ -20,11 +20,13 @@ from charm_core.mismatch_values import (
     mismatch_degree,
     mismatch_replicates,
     mismatch_values,
+    model_p_values,
+    pair_p_values,
     pair_points,
     rated_group,
 )
 from charm_core.records import Estimate, Record
-from charm_core.resampling import holm_adjusted, normal_p_values, percentile_estimate, reflected_estimate
+from charm_core.resampling import holm_adjusted, percentile_estimate, reflected_estimate
 from charm_core.scores import (
     PairOutcomes,
     ScoreMatrix,
@@ -237,7 +239,7 @@ def _models(
     notes: dict[int, str],
 ) -> tuple[ModelMismatch, ...]:
     ratings, errors = board.get_column("rating").to_numpy(), rating_standard_errors(board)
-    p_values = normal_p_values(point.overvaluation, replicates.overvaluation)
+    p_values = model_p_values(outcomes, point, replicates, list(notes))
     adjusted = holm_adjusted(p_values)
     prompts = _compared_prompts(outcomes)
     models = []
@@ -274,7 +276,7 @@ def _models(
 def _pairs(
     outcomes: PairOutcomes, point: MismatchValues, replicates: MismatchValues, config: MismatchConfig
 ) -> tuple[PairMismatch, ...]:
-    adjusted = holm_adjusted(normal_p_values(point.degree, replicates.degree))
+    adjusted = holm_adjusted(pair_p_values(outcomes, point, replicates))
     shared, tie_rate = outcomes.shared, outcomes.tie_rate
     return tuple(
         PairMismatch(

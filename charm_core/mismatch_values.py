@@ -5,19 +5,23 @@ side wins on every prompt of a replicate would look certain however few prompts 
 the Beta(wins + 1/2, losses + 1/2) posterior instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr
 
 from charm_core.bradley_terry import solve_strengths
 from charm_core.comparison_graph import mutually_beaten_groups
 from charm_core.elo import ELO_POINTS_PER_LOGIT, rating_standard_errors, win_probability
-from charm_core.resampling import bootstrap_weights
+from charm_core.resampling import bootstrap_weights, normal_p_values
 from charm_core.scores import PairOutcomes
 
 FloatArray = NDArray[np.float64]
+
+_LEAST_WINS = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +65,12 @@ def mismatch_values(outcomes: PairOutcomes, ratings: FloatArray) -> MismatchValu
     """
     shared, rates = outcomes.shared, outcomes.win_rate
     rated = rated_group(outcomes)
-    if len(rated) == ratings.size:
+    if len(mutually_beaten_groups(pair_points(outcomes) > 0)) == 1:
         return _values(outcomes, ratings, rates, rates * shared, shared, rated)
     certain = np.where(rates <= 0, 0.5 / shared, np.where(rates >= 1, 1.0 - 0.5 / shared, rates))
     values = _values(outcomes, ratings, rates, certain * shared, shared, rated)
+    if len(rated) == ratings.size:
+        return values
     # inside of the group the optimum is finite and needs no correction
     points = pair_points(outcomes)[np.ix_(np.asarray(rated), np.asarray(rated))]
     relative = ELO_POINTS_PER_LOGIT * solve_strengths(points[None])[0] - ratings[rated]
@@ -96,6 +102,35 @@ def mismatch_replicates(outcomes: PairOutcomes, ratings: pl.DataFrame, *, replic
         rates = wins / shared
     start = (mismatch_values(outcomes, centre).overvaluation + centre) / ELO_POINTS_PER_LOGIT
     return _values(outcomes, drawn_ratings, rates, wins, shared, rated_group(outcomes), start=start)
+
+
+def pair_p_values(outcomes: PairOutcomes, point: MismatchValues, replicates: MismatchValues) -> FloatArray:
+    """Two-sided p-values of "the mismatch degree is 0", shape ``(P,)``.
+
+    From bootstrap standard errors; for a pair that one side wins on every prompt, whose outcomes say nothing about their
+    spread, from the spread under the hypothesis itself.
+    """
+    certain = (point.win_rate <= 0) | (point.win_rate >= 1)
+    z = np.abs(point.win_rate - point.probability) / _errors_if_unbiased(outcomes, point, replicates)
+    return np.where(certain, 2.0 * ndtr(-z), normal_p_values(point.degree, replicates.degree))
+
+
+def model_p_values(
+    outcomes: PairOutcomes, point: MismatchValues, replicates: MismatchValues, without_elo: Sequence[int]
+) -> FloatArray:
+    """Two-sided p-values of "the overvaluation is 0", shape ``(K,)``.
+
+    From bootstrap standard errors; for a model without a finite Elo, from its mean surplus of wins and the largest
+    spread that this can have under the hypothesis, however its pairs hang together.
+    """
+    p_values = normal_p_values(point.overvaluation, replicates.overvaluation)
+    surplus = point.win_rate - point.probability
+    errors = _errors_if_unbiased(outcomes, point, replicates)
+    for model in without_elo:
+        leads, trails = outcomes.first == model, outcomes.second == model
+        z = abs(surplus[leads].sum() - surplus[trails].sum()) / errors[leads | trails].sum()
+        p_values[model] = 2.0 * ndtr(-z)
+    return p_values
 
 
 def pair_points(outcomes: PairOutcomes) -> FloatArray:
@@ -137,6 +172,11 @@ def _values(
     )
 
 
+def _errors_if_unbiased(outcomes: PairOutcomes, point: MismatchValues, replicates: MismatchValues) -> FloatArray:
+    of_prompts = point.probability * (1.0 - point.probability) / outcomes.shared
+    return np.asarray(np.sqrt(of_prompts + replicates.probability.var(axis=0)))
+
+
 def _pair_matrix(outcomes: PairOutcomes, wins: FloatArray, shared: FloatArray) -> FloatArray:
     models = len(outcomes.policy_models)
     points = np.zeros((*wins.shape[:-1], models, models))
@@ -176,6 +216,9 @@ def _resampled_wins(outcomes: PairOutcomes, replicates: int, rng: np.random.Gene
 def _certain_drawn(wins: FloatArray, shared: FloatArray, rng: np.random.Generator) -> FloatArray:
     certain = (shared > 0) & ((wins <= 0) | (wins >= shared))
     number = shared[certain]
-    drawn = wins.copy()
-    drawn[certain] = number * rng.beta(wins[certain] + 0.5, number - wins[certain] + 0.5)
+    # outcomes that stand for published win rates may lie outside of [0, 1]
+    drawn = np.clip(wins, 0.0, shared)
+    share = rng.beta(drawn[certain] + 0.5, number - drawn[certain] + 0.5)
+    # a draw may round to certainty again: keep it at a finite Elo
+    drawn[certain] = np.clip(number * share, _LEAST_WINS, number - _LEAST_WINS)
     return drawn

@@ -14,6 +14,7 @@ FloatArray = NDArray[np.float64]
 
 _HARD_STEPS = 20
 _PATIENCE = 3
+_REACH = 30.0
 _NEWTON_STEPS = 100
 
 
@@ -87,15 +88,20 @@ def exact_offset(first: FloatArray, second: FloatArray, probability: float) -> E
     beyond = max(float(differences[-1] - differences[0]) / (2 * max(number - 1, 1)), 4 * rounding) or 1.0
     thresholds = np.concatenate([[lowest[0] - beyond], (highest[:-1] + lowest[1:]) / 2, [highest[-1] + beyond]])
     # threshold b has the blocks from b on above it
-    rates = 1.0 - starts / number
+    rates, blocks = 1.0 - starts / number, np.diff(starts)
     nearest = int(np.argmin(np.abs(rates - probability)))
     around = range(max(nearest - 1, 0), min(nearest + 2, rates.size))
     candidates = [-float(thresholds[index]) for index in around]
-    candidates += [-float((lowest[index] + highest[index]) / 2) for index in around if index < lowest.size]
     reached = [_win_rate(first + candidate - second) for candidate in candidates]
+    for index in around:
+        # a block whose differences are equal to the last bit can be made to tie; rounding may still break the tie
+        if index < lowest.size and blocks[index] > 1 and lowest[index] == highest[index]:
+            tied = _win_rate(first - float(lowest[index]) - second)
+            if abs(tied - (rates[index] - 0.5 * blocks[index] / number)) < 0.25 / number:
+                candidates.append(-float(lowest[index]))
+                reached.append(tied)
     misses = [round(abs(rate - probability), 12) for rate in reached]
     best = min(range(len(candidates)), key=lambda index: (misses[index], abs(candidates[index])))
-    blocks = np.diff(starts)
     reachable = abs(reached[best] - probability) <= 0.5 / number + 1e-12
     return ExactOffset(
         offset=candidates[best],
@@ -110,7 +116,8 @@ def solve_paired(
     """Minimise the convex objective of METHOD.md section 2, then sharpen.
 
     The gradient equates every model's total win rate with what its rating predicts. It is solved at each relative
-    temperature in turn, and last for hard wins: Newton steps with the smooth Hessian, keeping the best.
+    temperature in turn. Sharpening then minimises the squared mismatch degrees of the hard win rates, weighted by shared
+    prompts: what no offsets can remove is spread over the pairs as mismatch counts it.
 
     Args:
         pairs: Differences; the pairs must connect all models.
@@ -163,8 +170,8 @@ def paired_replicates(
         row += len(weights)
         gradient = _scattered(weights @ wins - of_block * (weights @ shared), first, second, drawn_ratings.shape[1])
         steps.append(_newton_step(gradient, _laplacians(weights @ curvature, first, second, gradient.shape[1])))
-    bounded = _bounded(np.concatenate(steps), solution.temperature)
-    return np.asarray(solution.offsets + bounded - bounded.mean(axis=1, keepdims=True))
+    moved = _bounded(np.concatenate(steps), _REACH * solution.temperature)
+    return np.asarray(solution.offsets + moved - moved.mean(axis=1, keepdims=True))
 
 
 def difference_spread(pairs: Sequence[PairDifferences]) -> float:
@@ -200,23 +207,25 @@ def _newton(
 def _sharpened(
     pairs: Sequence[PairDifferences], target: FloatArray, offsets: FloatArray, temperature: float
 ) -> tuple[FloatArray, int]:
-    _, hessian = _derivatives(pairs, target, offsets, temperature)
+    """Gauss-Newton on the squared mismatch degrees of the hard win rates, with smooth slopes, keeping the best."""
+    first, second = _indices(pairs)
+    number = np.asarray([float(pair.values.size) for pair in pairs])
+    weights = number / np.maximum(target, 1.0 - target) ** 2
     best, smallest, since, iteration = offsets, np.inf, 0, 0
     while since < _PATIENCE and smallest > 0.0 and iteration < _HARD_STEPS:
-        gradient = _hard_gradient(pairs, target, offsets)
-        size = float(np.abs(gradient).max())
-        since = 0 if size < smallest else since + 1
-        if size < smallest:
-            best, smallest = offsets, size
+        residual = hard_win_rates(pairs, offsets) - target
+        loss = float(weights @ residual**2)
+        since = 0 if loss < smallest else since + 1
+        if loss < smallest:
+            best, smallest = offsets, loss
+        slope = (
+            np.asarray([_curvature(_half_angle(pair, offsets, temperature), temperature) for pair in pairs]) / number
+        )
+        gradient = _scattered(weights * slope * residual, first, second, offsets.size)
+        hessian = _laplacians(weights * slope**2, first, second, offsets.size)
         offsets = offsets + _bounded(_newton_step(gradient, hessian), temperature)
         iteration += 1
     return best - best.mean(), iteration
-
-
-def _hard_gradient(pairs: Sequence[PairDifferences], target: FloatArray, offsets: FloatArray) -> FloatArray:
-    shares = np.asarray([float(pair.values.size) for pair in pairs])
-    surplus = shares * (hard_win_rates(pairs, offsets) - target)
-    return _scattered(surplus, *_indices(pairs), offsets.size)
 
 
 def _derivatives(
@@ -227,7 +236,7 @@ def _derivatives(
     for index, pair in enumerate(pairs):
         half = _half_angle(pair, offsets, temperature)
         surplus[index] = half.size * (0.5 - target[index]) + 0.5 * half.sum()
-        curvature[index] = (half.size - half @ half) / (4.0 * temperature)
+        curvature[index] = _curvature(half, temperature)
     first, second = _indices(pairs)
     return _scattered(surplus, first, second, offsets.size), _laplacians(curvature, first, second, offsets.size)
 
@@ -236,6 +245,10 @@ def _half_angle(pair: PairDifferences, offsets: FloatArray, temperature: float) 
     # σ(x) = (1 + tanh(x/2))/2, hence σ(1-σ) = (1 - tanh²)/4: one array gives both derivatives
     shift = offsets[pair.first] - offsets[pair.second]
     return np.asarray(np.tanh((pair.values + shift) * (0.5 / temperature)))
+
+
+def _curvature(half: FloatArray, temperature: float) -> float:
+    return float(half.size - half @ half) / (4.0 * temperature)
 
 
 def _per_prompt(

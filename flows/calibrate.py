@@ -84,9 +84,7 @@ def calibrate(run: CalibrationRun) -> Outcome:
                 selection=selection,
                 offsets=offsets,
                 pairs=pairs.summary,
-                curves=tuple(
-                    _curve(variant, model) for variant, model in (("calibrated", calibrated), ("control", control))
-                ),
+                curves=(_curve("calibrated", calibrated), _curve("control", control)),
                 benchmarks=run_benchmarks(
                     run.benchmarks,
                     {"untouched": sources.reward_model, "control": control.model, "calibrated": calibrated.model},

@@ -148,6 +148,7 @@ class StepRecords(WritableFileSystem):
     """
 
     store: ArtifactStore
+    key: str
 
     def read_path(self, path: str, **_: Any) -> bytes:  # type: ignore[override] # Prefect calls either kind
         """The content of a record."""
@@ -155,7 +156,8 @@ class StepRecords(WritableFileSystem):
 
     def write_path(self, path: str, content: bytes, **_: Any) -> None:  # type: ignore[override]
         """Write a record, whole or not at all."""
-        self.store.write_step(_record_name(path), content)
+        if _record_name(path) == self.key:  # Prefect stores the errors of failed runs too, which nobody reads
+            self.store.write_step(self.key, content)
 
     def _resolve_path(self, path: str) -> str:
         return self.store.step_url(_record_name(path))
@@ -191,7 +193,7 @@ class Step(Generic[P, R]):
         _drop_if_stale(store, key, self._kind)
         bound = self._task.with_options(cache_policy=ContentPolicy(content_key=key))
         # with_options accepts only blocks that are saved on a server; a worker without that server must work too
-        bound.result_storage = StepRecords(store=store)
+        bound.result_storage = StepRecords(store=store, key=key)
         return self._kind.validate_python(bound(store, *args, **kwargs))
 
     def _plain(self, function: Callable[Concatenate[ArtifactStore, P], R]) -> Callable[..., Any]:

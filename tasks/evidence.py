@@ -83,12 +83,12 @@ class Report(_Part):
 
     html: ArtifactRef
     data: ArtifactRef
-    card: ArtifactRef | None
+    card: ArtifactRef
 
 
 @step(version=1)
 def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
-    """Gather the results, render the page and, for a calibration, the model card."""
+    """Gather the results, render the page and the model card."""
     data = ReportData(
         **parts.model_dump(include={"kind", "title", "reward_model", "base_model", "simulated", "warnings"}),
         board=_board_info(parts.board),
@@ -101,11 +101,10 @@ def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
         truth=store.read_record(parts.truth, TruthReport) if parts.truth else None,
         provenance=parts.provenance,
     )
-    card = store.write_bytes(model_card(data).encode(), "model_card", ".md") if parts.kind == "calibrate" else None
     return Report(
         html=store.write_bytes(render_report(data).encode(), "report", ".html"),
         data=store.write_record(data, "report_data"),
-        card=card,
+        card=store.write_bytes(model_card(data).encode(), "model_card", ".md"),
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from charm_core import errors
 from charm_core.errors import ConfigError, TrainingError, WorkerLostError
 from charm_core.reward_model.jobs import CurveRecord, Launch, ScoringJob, ScoringSummary, TrainingJob, TrainingOutcome
 from charm_core.reward_model.spec import TrainingConfig
-from charm_core.reward_model.workdir import CURVE, FAILURE, LOG, Failure, claim, finished_outcome, read_curve, rewind
+from charm_core.reward_model.workdir import CURVE, FAILURE, LOG, Failure, claim, finished_outcome, make_folder, read_curve, rewind
 from charm_core.reward_model.worker import PROGRESS, identify
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,9 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
         ModelError, TableError, ConfigError, ArtifactError: The job cannot be done as it is.
         TrainingError: Anything else; its message ends with the last lines of the log.
     """
-    claim(job)
+    make_folder(job.work_dir)
     with filelock.FileLock(job.work_dir / LOCK):
+        claim(job)
         outcome = finished_outcome(job)
         if outcome is None:
             rewind(job.work_dir)
@@ -310,19 +312,20 @@ def _failure(status: int, folder: Path, tail: list[str]) -> errors.CharmError:
     """The error that says why a worker ended with this status."""
     log = "\n".join(tail)
     report = folder / FAILURE
-    if report.exists():
-        failure = Failure.model_validate_json(report.read_text())
-        known = getattr(errors, failure.kind, None)
-        if known is not None:
-            return known(failure.message)  # type: ignore[no-any-return]
-        return TrainingError(f"the worker failed unexpectedly:\n{failure.message}")
-    signalled = SIGNALLED.search(log)
-    if status < 0 or signalled:
-        number = -status if status < 0 else int(signalled.group(1)) if signalled else 0
+    failure = Failure.model_validate_json(report.read_text()) if report.exists() else None
+    known = getattr(errors, failure.kind, None) if failure else None
+    if failure and known:
+        return known(failure.message)  # type: ignore[no-any-return]
+    signals = {-status} if status < 0 else {int(number) for number in SIGNALLED.findall(log)}
+    # torchrun terminates the other ranks when one is lost or fails, and those may fail first because their peer is gone.
+    lost = signals - {signal.SIGTERM} or (signals if not failure else set())
+    if lost:
         return WorkerLostError(
-            f"a worker process was ended by signal {number} (9 is often the system, out of memory); run again to go on from the last "
-            f"checkpoint\nThe end of its log:\n{log}"
+            f"a worker process was ended by signal {min(lost)} (9 is often the system, out of memory); run again to go on from "
+            f"the last checkpoint\nThe end of its log:\n{log}"
         )
+    if failure:
+        return TrainingError(f"the worker failed unexpectedly:\n{failure.message}")
     return TrainingError(f"the worker ended with status {status}\nThe end of its log:\n{log}")
 
 

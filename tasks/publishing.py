@@ -5,7 +5,8 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 from prefect.artifacts import (
     create_link_artifact,
@@ -35,7 +36,7 @@ def report_progress(stage: str) -> Iterator[Callable[[int, int], None]]:
     if not (FlowRunContext.get() or TaskRunContext.get()):
         yield lambda done, total: None
         return
-    artifact = create_progress_artifact(progress=0.0, key=_key(stage), description=stage)
+    artifact = cast(UUID, create_progress_artifact(progress=0.0, key=_key(stage), description=stage))
     last = time.monotonic()
 
     def update(done: int, total: int) -> None:

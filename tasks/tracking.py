@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import polars as pl
 import psutil
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ServiceError
@@ -31,6 +32,7 @@ from tasks.store import ArtifactRef
 
 logger = logging.getLogger(__name__)
 
+_SQLITE = "sqlite:///"
 _PARAM_BATCH = 100
 _METRIC_BATCH = 1000
 _PARAM_LENGTH = 6000
@@ -155,8 +157,9 @@ def tracked_run(settings: TrackingSettings, name: str, *, tags: Mapping[str, str
     """
     check_tracking(settings)
     try:
-        client = _client(settings)
-        experiment_id = _experiment(client, settings)
+        with _creation_lock(settings):
+            client = _client(settings)
+            experiment_id = _experiment(client, settings)
         _close_abandoned_runs(client, experiment_id)
     except _mlflow_error() as error:
         raise ServiceError(f"MLflow at {settings.uri} cannot be used: {error}") from error
@@ -179,7 +182,7 @@ def check_tracking(settings: TrackingSettings) -> None:
     Raises:
         ServiceError: With the address.
     """
-    if settings.uri.startswith("sqlite:///"):
+    if settings.uri.startswith(_SQLITE):
         _check_sqlite(settings.uri)
     if not settings.uri.startswith("http"):
         return
@@ -287,6 +290,10 @@ def _client(settings: TrackingSettings) -> Any:
 
 def _experiment(client: Any, settings: TrackingSettings) -> str:
     known = client.get_experiment_by_name(settings.experiment)
+    if known is not None and known.lifecycle_stage == "deleted":
+        raise ServiceError(
+            f"the MLflow experiment {settings.experiment!r} was deleted; restore it, or set CHARM_EXPERIMENT to another name"
+        )
     if known is not None:
         return str(known.experiment_id)
     try:
@@ -298,9 +305,16 @@ def _experiment(client: Any, settings: TrackingSettings) -> str:
         return str(known.experiment_id)  # another run made it in between
 
 
+def _creation_lock(settings: TrackingSettings) -> contextlib.AbstractContextManager[Any]:
+    """Two processes that use a new SQLite file at once would both create its tables, and one would fail."""
+    if not settings.uri.startswith(_SQLITE):
+        return contextlib.nullcontext()
+    return FileLock(f"{settings.uri.removeprefix(_SQLITE)}.lock")
+
+
 def _check_sqlite(uri: str) -> None:
     # MLflow would try a file that it cannot open again and again, for minutes
-    path = Path(uri.removeprefix("sqlite:///"))
+    path = Path(uri.removeprefix(_SQLITE))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:

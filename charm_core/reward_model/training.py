@@ -366,7 +366,7 @@ def checkpoint_gradients(network: RewardNetwork) -> None:
     transformers does so only for layers in training mode; their children stay in evaluation mode, without dropout.
     """
     classifier: Any = network.classifier
-    classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    classifier.activation_checkpointing_enable()
     for module in network.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True

@@ -63,20 +63,29 @@ def claim(job: TrainingJob) -> None:
         TrainingError: It holds the work of another job.
         ArtifactError: It cannot be written.
     """
+    make_folder(job.work_dir)
     mine = identity(job)
     file = job.work_dir / IDENTITY
-    try:
-        job.work_dir.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            write_text(file, json.dumps(mine, indent=1))
-    except OSError as error:
-        raise ArtifactError(f"the work folder {job.work_dir} cannot be written: {error}") from error
+    if not file.exists():
+        write_text(file, json.dumps(mine, indent=1))
     theirs = json.loads(file.read_text())
     differing = [part for part in mine if mine[part] != theirs.get(part)]
     if differing:
         raise TrainingError(
             f"the work folder {job.work_dir} holds another training job, which differs in {', '.join(differing)}; use another folder"
         )
+
+
+def make_folder(work_dir: Path) -> None:
+    """Make a work folder where there is none.
+
+    Raises:
+        ArtifactError: It cannot be made.
+    """
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"the work folder {work_dir} cannot be made: {error}; choose another place") from error
 
 
 def finished_outcome(job: TrainingJob) -> TrainingOutcome | None:
@@ -131,13 +140,21 @@ def read_curve(work_dir: Path) -> list[CurveRecord]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all, even after a power failure."""
+    """Write a small file so that it is there whole or not at all, even after a power failure.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ArtifactError(f"the file {path} cannot be written: {error}") from error
 
 
 def sync_folder(folder: Path) -> None:

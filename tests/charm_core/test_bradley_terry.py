@@ -47,7 +47,11 @@ def _counts(points: np.ndarray) -> BattleCounts:
 def test_counts_hold_every_outcome() -> None:
     counts = counts_from_battles(
         _battles(
-            ("a", "b", "model_a"), ("b", "a", "model_b"), ("b", "a", "model_a"), ("a", "b", "tie"), ("b", "a", "tie (bothbad)")
+            ("a", "b", "model_a"),
+            ("b", "a", "model_b"),
+            ("b", "a", "model_a"),
+            ("a", "b", "tie"),
+            ("b", "a", "tie (bothbad)"),
         )
     )
     np.testing.assert_array_equal(counts.wins, [[0, 2], [1, 0]])
@@ -108,7 +112,9 @@ def test_golden_counts() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=12, max_size=12), st.permutations(range(4)), st.floats(-500, 3000))
-def test_order_and_anchor_change_nothing_but_order_and_anchor(cells: list[int], order: list[int], anchor: float) -> None:
+def test_order_and_anchor_change_nothing_but_order_and_anchor(
+    cells: list[int], order: list[int], anchor: float
+) -> None:
     points = np.zeros((4, 4))
     points[~np.eye(4, dtype=bool)] = cells
     plain = np.array(fit_bradley_terry(_counts(points)).ratings)
@@ -171,7 +177,9 @@ def test_ratings_frame_has_intervals_and_votes() -> None:
         ),
     ],
 )
-def test_ratings_that_do_not_exist_are_errors_that_name_the_models(rows: list[tuple[str, str, str]], message: str) -> None:
+def test_ratings_that_do_not_exist_are_errors_that_name_the_models(
+    rows: list[tuple[str, str, str]], message: str
+) -> None:
     with pytest.raises(GraphError, match=message):
         ratings_from_battles(_battles(*rows))
 

@@ -49,7 +49,7 @@ def test_the_hard_offset_is_a_quantile_of_all_differences(seed: int, number: int
     rng = np.random.default_rng(seed)
     scores, reference = rng.normal(size=number), rng.normal(size=number)
     offset, _ = solve_cross_prompt([_target(scores, reference, probability)], score_temperature=0.0, block_prompts=2)
-    rate = np.mean(scores[:, None] + offset > reference[None, :])
+    rate = np.mean(0.5 + 0.5 * np.sign(scores[:, None] + offset - reference[None, :]))
     assert abs(rate - probability) <= 0.5 / number**2 + 1e-9
     hard = cross_prompt_win_rate(scores, reference, offset, score_temperature=0.0, block_prompts=2)
     assert hard == pytest.approx(float(rate), abs=1e-12)
@@ -94,7 +94,13 @@ def test_replicates_are_those_of_solving_every_resample(temperature: float) -> N
     target = _target(difficulty + rng.normal(size=200), difficulty + rng.normal(size=200), 0.4)
     offset, _ = solve_cross_prompt([target], score_temperature=temperature, block_prompts=64)
     fast = cross_prompt_replicates(
-        [target], offset, np.full((200, 1), 0.4), 200, np.random.default_rng(5), score_temperature=temperature, block_prompts=64
+        [target],
+        offset,
+        np.full((200, 1), 0.4),
+        200,
+        np.random.default_rng(5),
+        score_temperature=temperature,
+        block_prompts=64,
     )
     drawn = np.random.default_rng(5).integers(200, size=(200, 200), dtype=np.int32)
     slow = [

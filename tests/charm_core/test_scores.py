@@ -13,7 +13,9 @@ def _scores(**models: list[float | None]) -> pl.DataFrame:
         for index, value in enumerate(values)
         if value is not None
     ]
-    return pl.DataFrame(rows, schema={"prompt_id": pl.String, "policy_model": pl.String, "score": pl.Float64}, orient="row")
+    return pl.DataFrame(
+        rows, schema={"prompt_id": pl.String, "policy_model": pl.String, "score": pl.Float64}, orient="row"
+    )
 
 
 def _preferences(*rows: tuple[str, str, str, float]) -> pl.DataFrame:
@@ -34,7 +36,9 @@ def test_models_keep_the_order_asked_for() -> None:
 
 
 def test_wins_ties_and_missing_prompts() -> None:
-    outcomes = score_outcomes(score_matrix(_scores(a=[1.0, 2.0, 3.0, None], b=[0.0, 2.0, 4.0, 1.0], c=[None, None, 1.0, 5.0])))
+    outcomes = score_outcomes(
+        score_matrix(_scores(a=[1.0, 2.0, 3.0, None], b=[0.0, 2.0, 4.0, 1.0], c=[None, None, 1.0, 5.0]))
+    )
     assert list(zip(outcomes.first.tolist(), outcomes.second.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2)]
     np.testing.assert_array_equal(outcomes.win_rate, [0.5, 1.0, 0.5])
     np.testing.assert_array_equal(outcomes.shared, [3, 1, 2])

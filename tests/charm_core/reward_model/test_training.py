@@ -94,7 +94,7 @@ def naive_losses(job):
 def test_the_curve_is_that_of_a_naive_loop(job_of, architecture):
     job = job_of(architecture=architecture, epochs=1.5)
     outcome, curve = run(job)
-    assert outcome.steps == len(losses(curve)) == 8
+    assert outcome.steps == len(losses(curve)) == 7
     assert {record["pairs"] for record in curve[1:]} == {6, 3}
     assert losses(curve) == pytest.approx(naive_losses(job), abs=2e-5)
 
@@ -238,7 +238,7 @@ def test_one_broken_prompt_is_named(job_of):
 def test_folders_that_cannot_be_written_are_errors(job_of, tmp_path):
     (tmp_path / "file").write_text("")
     job = job_of()
-    with pytest.raises(ArtifactError, match="work folder .* cannot be written"):
+    with pytest.raises(ArtifactError, match="work folder .* cannot be made"):
         train(job.model_copy(update={"work_dir": tmp_path / "file" / "work"}), HERE)
     with pytest.raises(ArtifactError, match="cannot be written"):
         train(job.model_copy(update={"output_dir": tmp_path / "file" / "model"}), HERE)

@@ -1,0 +1,213 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import polars as pl
+import psutil
+import pytest
+from tests.charm_core.reward_model.tiny import pairs_table, prompts_and_responses, save_model
+
+from charm_core.errors import ConfigError, ModelError, TableError, TrainingError
+from charm_core.reward_model.jobs import ScoringJob, TrainingJob
+from charm_core.reward_model.scoring import score_responses
+from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
+from charm_core.reward_model.worker import identify, is_alive
+from charm_core.reward_model.workdir import read_curve
+from tasks.launching import rank_count, run_scoring, run_training
+
+ROOT = Path(__file__).parents[2]
+GONE_SECONDS = 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "rm")
+
+
+@pytest.fixture
+def job(model, tmp_path):
+    pairs_table().write_parquet(tmp_path / "pairs.parquet")
+    return TrainingJob(
+        model=RewardModelSpec(path=str(model), max_length=64),
+        pairs_path=tmp_path / "pairs.parquet",
+        output_dir=tmp_path / "model",
+        work_dir=tmp_path / "work",
+        config=TrainingConfig(zero_stage=None, threads_per_rank=1, learning_rate=1e-3, pairs_per_step=8),
+    )
+
+
+def changed(job, **changes):
+    return job.model_copy(update={"config": job.config.model_copy(update=changes)})
+
+
+def endless(job):
+    return changed(job, zero_stage=3, ranks=2, epochs=10_000)
+
+
+def workers_of(job):
+    """Processes, ranks and launcher, that work on a job."""
+    launch = str(job.work_dir / "launch.json")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if launch in process.cmdline():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def assert_all_end(processes):
+    _, alive = psutil.wait_procs(processes, timeout=GONE_SECONDS)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+class Cancelled(BaseException):
+    """As Prefect's TerminationSignal and KeyboardInterrupt, no Exception."""
+
+
+def test_output_and_curve_are_streamed_and_replayed(job):
+    records, lines, again = [], [], []
+    outcome = run_training(job, records.append, lines.append)
+    assert records == read_curve(job.work_dir)
+    assert [record["step"] for record in records] == list(range(outcome.steps + 1))
+    assert any("step 1 of 5: loss" in line for line in lines)
+    assert (job.work_dir / "training.log").read_text().splitlines() == lines
+    assert run_training(job, again.append) == outcome
+    assert again == records
+
+
+def test_cancelling_ends_every_process(job):
+    job = endless(job)
+    family = []
+
+    def cancel(record):
+        if record["step"] == 2:
+            family.extend(workers_of(job))
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run_training(job, cancel)
+    assert len(family) == 3
+    assert not any(process.is_running() for process in family)
+    assert not job.output_dir.exists()
+
+
+def test_workers_end_when_their_parent_is_killed(job, tmp_path):
+    job = endless(job)
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    script = (
+        "import sys; from pathlib import Path; from tasks.launching import run_training, TrainingJob\n"
+        "run_training(TrainingJob.model_validate_json(Path(sys.argv[1]).read_text()))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "job.json")], cwd=ROOT)
+    try:
+        while parent.poll() is None and len(read_curve(job.work_dir)) < 3:
+            time.sleep(0.1)
+        family = workers_of(job)
+        assert len(family) == 3
+        os.kill(parent.pid, signal.SIGKILL)
+        assert_all_end(family)
+    finally:
+        parent.kill()
+        parent.wait()
+        for process in workers_of(job):
+            process.kill()
+
+
+def test_the_second_of_two_identical_runs_waits_and_finds_the_result(job):
+    outcomes, lines = [], []
+    threads = [threading.Thread(target=lambda: outcomes.append(run_training(job, log=lines.append))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes[0] == outcomes[1]
+    assert sum("step 1 of 5: loss" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_workers_error_arrives_as_it_was(job, tmp_path, ranks):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    job = job.model_copy(update={"model": RewardModelSpec(path=str(empty))})
+    job = changed(job, zero_stage=None if ranks is None else 3, ranks=ranks or "auto")
+    with pytest.raises(ModelError, match="has no config.json"):
+        run_training(job)
+
+
+def test_damaged_pairs_are_a_table_error(job):
+    job.pairs_path.write_bytes(b"not parquet")
+    with pytest.raises(TableError, match="cannot be read as Parquet"):
+        run_training(job)
+
+
+def test_an_unexpected_error_brings_its_traceback(job, monkeypatch, tmp_path):
+    # A module that the worker imports, broken from outside.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import charm_core.reward_model.workdir as w\n"
+        "def broken(job): raise RuntimeError('out of luck')\n"
+        "w.claim = broken\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(TrainingError, match="RuntimeError: out of luck"):
+        run_training(job)
+
+
+def test_scoring_in_a_process_gives_the_same_scores(model, tmp_path):
+    prompts, responses = prompts_and_responses(5)
+    prompts.write_parquet(tmp_path / "prompts.parquet")
+    responses.write_parquet(tmp_path / "responses.parquet")
+    spec = RewardModelSpec(path=str(model), max_length=64)
+    job = ScoringJob(
+        model=spec,
+        prompts_path=tmp_path / "prompts.parquet",
+        responses_path=tmp_path / "responses.parquet",
+        scores_path=tmp_path / "scores.parquet",
+    )
+    progress = []
+    summary = run_scoring(job, lambda *now: progress.append(now))
+    here = score_responses(spec, prompts, responses)
+    assert summary == here.summary
+    there = pl.read_parquet(job.scores_path)
+    assert there["score"].to_list() == pytest.approx(here.scores["score"].to_list(), abs=1e-5)
+    assert there.drop("score").equals(here.scores.drop("score"))
+    assert progress[-1] == (15, 15)
+    with pytest.raises(ModelError, match="is not a folder"):
+        run_scoring(job.model_copy(update={"model": RewardModelSpec(path=str(tmp_path / "absent"))}))
+
+
+def test_the_number_of_ranks():
+    assert rank_count(TrainingConfig(zero_stage=None)) == 1
+    assert rank_count(TrainingConfig(zero_stage=2, ranks=1)) == 1
+
+
+def test_more_ranks_than_gpus_is_an_error(monkeypatch):
+    monkeypatch.setattr("tasks.launching._gpu_count", lambda: 2)
+    assert rank_count(TrainingConfig()) == 2
+    with pytest.raises(ConfigError, match="this machine has 2 GPUs"):
+        rank_count(TrainingConfig(ranks=3))
+
+
+def test_a_process_is_known_by_its_start_too():
+    me = identify(os.getpid())
+    assert is_alive(me)
+    assert not is_alive(me.model_copy(update={"started": me.started - 100}))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    other = identify(ended.pid)
+    ended.wait()
+    assert not is_alive(other)
+
+
+def test_launching_and_specs_import_no_torch_and_no_prefect():
+    code = (
+        "import sys, json, tasks.launching, charm_core.reward_model.spec\n"
+        "print(json.dumps([name for name in ('torch', 'transformers', 'deepspeed', 'prefect') if name in sys.modules]))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert json.loads(output) == []
