@@ -16,7 +16,13 @@ from scipy.stats import binomtest, rankdata
 from charm_core.elo import rating_standard_errors, select_ratings
 from charm_core.errors import TableError
 from charm_core.mismatch import MismatchConfig
-from charm_core.mismatch_values import MismatchValues, mismatch_replicates, mismatch_values, rated_group
+from charm_core.mismatch_values import (
+    MismatchValues,
+    mean_absolute_estimate,
+    mismatch_replicates,
+    mismatch_values,
+    rated_group,
+)
 from charm_core.records import Estimate, Record
 from charm_core.resampling import bootstrap_weights, normal_p_values, percentile_estimate, reflected_estimate
 from charm_core.scores import PairOutcomes, ScoreMatrix, pairs_with, score_matrix, score_outcomes
@@ -155,8 +161,8 @@ def compare_mismatch(
     replicates = [side.replicates.mean_absolute_degree for side in (before, after)]
     differences = replicates[1] - replicates[0]
     return MismatchComparison(
-        before=reflected_estimate(points[0], replicates[0], settings.confidence, floor=0.0),
-        after=reflected_estimate(points[1], replicates[1], settings.confidence, floor=0.0),
+        before=mean_absolute_estimate(before.point, before.replicates, settings.confidence),
+        after=mean_absolute_estimate(after.point, after.replicates, settings.confidence),
         difference=reflected_estimate(points[1] - points[0], differences, settings.confidence),
         ratio=_ratio(points, replicates, settings.confidence),
         p_value=float(normal_p_values(np.asarray([points[1] - points[0]]), differences[:, None])[0]),

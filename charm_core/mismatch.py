@@ -17,6 +17,7 @@ from charm_core.comparison_graph import mutually_beaten_groups
 from charm_core.elo import rating_standard_errors, select_ratings
 from charm_core.mismatch_values import (
     MismatchValues,
+    mean_absolute_estimate,
     mismatch_degree,
     mismatch_replicates,
     mismatch_values,
@@ -213,9 +214,7 @@ def _report(
     return MismatchReport(
         models=_models(outcomes, board, point, replicates, config, means, notes),
         pairs=_pairs(outcomes, point, replicates, config),
-        mean_absolute_mismatch=reflected_estimate(
-            float(point.mean_absolute_degree), replicates.mean_absolute_degree, config.confidence, floor=0.0
-        ),
+        mean_absolute_mismatch=mean_absolute_estimate(point, replicates, config.confidence),
         overvaluation_rmse=reflected_estimate(
             np.nan if none_rated else float(_root_mean_square(point.overvaluation[rated])),
             np.empty(0) if none_rated else _root_mean_square(replicates.overvaluation[:, rated]),

@@ -16,12 +16,14 @@ from scipy.special import ndtr
 from charm_core.bradley_terry import solve_strengths
 from charm_core.comparison_graph import mutually_beaten_groups
 from charm_core.elo import ELO_POINTS_PER_LOGIT, rating_standard_errors, win_probability
-from charm_core.resampling import bootstrap_weights, normal_p_values
+from charm_core.records import Estimate
+from charm_core.resampling import bootstrap_weights, normal_p_values, percentile_estimate, reflected_estimate
 from charm_core.scores import PairOutcomes
 
 FloatArray = NDArray[np.float64]
 
 _LEAST_WINS = 1e-3
+_MEAN_ABSOLUTE_NORMAL = float(np.sqrt(2.0 / np.pi))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,24 @@ def mismatch_replicates(outcomes: PairOutcomes, ratings: pl.DataFrame, *, replic
         rates = wins / shared
     start = (mismatch_values(outcomes, centre).overvaluation + centre) / ELO_POINTS_PER_LOGIT
     return _values(outcomes, drawn_ratings, rates, wins, shared, rated_group(outcomes), start=start)
+
+
+def mean_absolute_estimate(point: MismatchValues, replicates: MismatchValues, confidence: float) -> Estimate:
+    """Mean |mismatch degree| over all pairs with a reflected interval that also allows for its noise floor.
+
+    The mean of absolute values is too high by up to ``E|N(0, s)| = 0.8 s`` for a pair with standard error s. The bootstrap
+    sees less than half of that where the truth is near 0, so the lower end takes off all of it for every pair that is
+    within two standard errors of 0.
+    """
+    value = float(point.mean_absolute_degree)
+    reflected = reflected_estimate(value, replicates.mean_absolute_degree, confidence, floor=0.0)
+    errors = np.nanstd(replicates.degree, axis=0)
+    floor = float(np.mean(np.where(np.abs(point.degree) < 2.0 * errors, _MEAN_ABSOLUTE_NORMAL * errors, 0.0)))
+    plain = percentile_estimate(value, replicates.mean_absolute_degree, confidence)
+    if reflected.low is None or plain.low is None or plain.high is None:
+        return reflected
+    low = min(reflected.low, max(value - floor - 0.5 * (plain.high - plain.low), 0.0))
+    return Estimate(value=value, low=low, high=reflected.high)
 
 
 def pair_p_values(outcomes: PairOutcomes, point: MismatchValues, replicates: MismatchValues) -> FloatArray:

@@ -164,7 +164,8 @@ def _cast(frame: pl.DataFrame, name: str, dtype: pl.DataType, schema: TableSchem
     if column.dtype == dtype:
         return column
     numeric = column.dtype.is_numeric() and dtype.is_numeric()
-    if not (numeric or column.dtype == pl.Null):
+    empty = 0 < column.len() == column.null_count()  # a CSV column without any value is read as text
+    if not (numeric or empty or column.dtype == pl.Null):
         raise TableError(f"column {name!r} of the {schema.name} table must be {dtype}, not {column.dtype}; convert it")
     cast = column.cast(dtype, strict=False)
     if numeric and not cast.cast(column.dtype, strict=False).equals(column):

@@ -18,7 +18,8 @@ from tasks.debiasing import View, check_offsets, choose_models
 from tasks.evaluation import evaluate_preferences, evaluate_variant, evaluate_win_rates
 from tasks.evidence import DomainParts, ReportParts, compose_report
 from tasks.publishing import publish_markdown
-from tasks.reporting import ReportVariant, mismatch_markdown
+from tasks.report_data import ReportVariant
+from tasks.report_text import mismatch_markdown
 from tasks.scoring import ScoresConfig, load_preferences, load_scores, load_win_rates, score_responses
 from tasks.store import ArtifactRef, source_file
 
@@ -55,7 +56,7 @@ def audit(run: AuditRun) -> Outcome:
                 board=measured.board,
                 domains=(DomainParts(label=ALL.label, variants=(measured.evidence,)),),
                 selection=selection,
-                warnings=(correction.sentence(),) if correction else (),
+                notes=(correction.sentence(),) if correction else (),
                 provenance=describe_provenance("audit", run, ratings=measured.board.ratings, scores=measured.scores),
             )
         )

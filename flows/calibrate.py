@@ -23,7 +23,8 @@ from tasks.evidence import CurveParts, DomainParts, ReportParts, compose_report
 from tasks.prompts import select_responses, split_responses
 from tasks.publishing import publish_markdown
 from tasks.registry import package_model, register_model
-from tasks.reporting import ReportVariant, VariantName, mismatch_markdown
+from tasks.report_data import ReportVariant, VariantName
+from tasks.report_text import mismatch_markdown
 from tasks.scoring import Scored, score_responses
 from tasks.store import ArtifactRef
 from tasks.training import TrainedModel, log_training, ratings_for, train_reward_model

@@ -10,14 +10,9 @@ from flows.command_line import settings_toml
 from flows.session import Session
 from tasks.evidence import Report
 from tasks.publishing import publish_link, publish_markdown
-from tasks.reporting import (
-    InputDigest,
-    Provenance,
-    ReportData,
-    ReportDomain,
-    figures_for_tracking,
-    summary_text,
-)
+from tasks.report_data import InputDigest, Provenance, ReportData, ReportDomain
+from tasks.report_text import summary_text
+from tasks.reporting import figures_for_tracking
 from tasks.store import ArtifactRef
 from tasks.tracking import git_revision, package_versions
 
@@ -60,7 +55,7 @@ def finish(session: Session, report: Report, **extra: Any) -> Outcome:
     session.run.log_metrics(_metrics(data))
     session.run.log_text(html, "report.html")
     for name, figure in figures_for_tracking(data).items():
-        session.run.log_text(figure.decode(), f"figures/{name}.svg")
+        session.run.log_text(figure.decode(), f"figures/{name}")
     session.run.log_text(data.model_dump_json(indent=1), "report.json")
     path = _local_path(report.html.uri)
     summary = summary_text(data)

@@ -73,7 +73,9 @@ def _real_sources(arena: ArenaConfig, responses: ResponsesConfig, reward_model: 
 def _simulated_sources(world: SimulatedWorld) -> Sources:
     """Draw a simulated arena, fit its ratings and train its biased reward model."""
     drawn = simulate_sources(world.arena, world.max_length)
-    trained = train_reward_model("simulated reward model", drawn.untrained, drawn.biased_pairs, None, world.base_training)
+    trained = train_reward_model(
+        "simulated reward model", drawn.untrained, drawn.biased_pairs, None, world.base_training
+    )
     return Sources(
         name="simulated reward model",
         board=fit_arena_ratings(drawn.battles, f"simulation, seed {world.arena.seed}"),

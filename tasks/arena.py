@@ -35,6 +35,7 @@ class ArenaConfig(BaseModel):
     publisher: str | None = Field(
         default=None, description="Who published the snapshot, where several did on one date."
     )
+    licence: str = Field(default="", description="Licence of the ratings, shown with the results.")
     aliases: str | None = Field(
         default=None,
         description="TOML file of reviewed aliases: policy_model, arena_name, match (exact, near), reason.",
@@ -54,10 +55,12 @@ class Board(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ratings: ArtifactRef
+    name: str
     category: str
     style_control: bool
     date: datetime.date | None
     source: str
+    licence: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -67,10 +70,12 @@ def collect_ratings(store: ArtifactStore, file: SourceFile, config: ArenaConfig)
     ratings = store.write_table(_read_board(file, config), RATINGS)
     return Board(
         ratings=ratings,
+        name="Chatbot Arena",
         category=config.category,
         style_control=config.style_control,
         date=config.date,
         source=f"{Path(file.path).name}{f' ({config.publisher})' if config.publisher else ''}",
+        licence=config.licence,
     )
 
 
@@ -79,9 +84,14 @@ def fit_arena_ratings(store: ArtifactStore, battles: ArtifactRef, name: str) -> 
     """Fit ratings to human votes."""
     ratings = store.write_table(ratings_from_battles(store.read_table(battles, BATTLES)), RATINGS)
     return Board(
-        ratings=ratings, category="overall", style_control=False, date=None, source=name,
+        ratings=ratings,
+        name="Simulated arena",
+        category="overall",
+        style_control=False,
+        date=None,
+        source=name,
         notes=(f"Bradley-Terry fit of {battles.rows:,} votes",),
-    )  # fmt: skip
+    )
 
 
 @step(version=1)

@@ -23,7 +23,7 @@ from charm_core.tables import PROMPTS, RESPONSES, SCORES
 from tasks.caching import step
 from tasks.evidence import BenchmarkRows
 from tasks.prompts import ResponseSet
-from tasks.reporting import BenchmarkRow, VariantName, VariantValue
+from tasks.report_data import BenchmarkRow, VariantName, VariantValue
 from tasks.scoring import RewardModelRef, score_responses
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile, source_file
 

@@ -11,7 +11,7 @@ from charm_core.selection import Selection, SelectionConfig, select_models
 from charm_core.tables import PAIRS, PROMPTS, RATINGS, RESPONSES, SCORES
 from tasks.caching import step
 from tasks.prompts import ResponseSet
-from tasks.reporting import ReportVariant
+from tasks.report_data import ReportVariant
 from tasks.store import ArtifactRef, ArtifactStore
 
 

@@ -14,7 +14,7 @@ from charm_core.simulation import SimulationConfig, planted_overvaluation, truth
 from charm_core.tables import PREFERENCES, RATINGS, RESPONSES, SCORES, WIN_RATES
 from tasks.caching import step
 from tasks.debiasing import View, read_view
-from tasks.reporting import (
+from tasks.report_data import (
     PlantedBias,
     ReportComparison,
     ReportVariant,

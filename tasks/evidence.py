@@ -9,7 +9,7 @@ from charm_core.preferences import PairSummary
 from charm_core.selection import Selection
 from tasks.arena import Board
 from tasks.caching import step
-from tasks.reporting import (
+from tasks.report_data import (
     BenchmarkRow,
     BoardInfo,
     CurvePoint,
@@ -21,9 +21,9 @@ from tasks.reporting import (
     TrainingCurve,
     TruthReport,
     VariantName,
-    model_card,
-    render_report,
 )
+from tasks.report_text import model_card
+from tasks.reporting import render_report
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.training import Curve
 
@@ -75,6 +75,7 @@ class ReportParts(_Part):
     benchmarks: tuple[ArtifactRef, ...] = ()
     truth: ArtifactRef | None = None
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     provenance: Provenance
 
 
@@ -90,7 +91,7 @@ class Report(_Part):
 def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
     """Gather the results, render the page and the model card."""
     data = ReportData(
-        **parts.model_dump(include={"kind", "title", "reward_model", "base_model", "simulated", "warnings"}),
+        **parts.model_dump(include={"kind", "title", "reward_model", "base_model", "simulated", "warnings", "notes"}),
         board=_board_info(parts.board),
         domains=tuple(_domain(store, domain) for domain in parts.domains),
         selection=parts.selection,
@@ -110,11 +111,12 @@ def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
 
 def _board_info(board: Board) -> BoardInfo:
     return BoardInfo(
-        name=board.source,
+        name=board.name,
         category=board.category,
         style_control=board.style_control,
         date=board.date.isoformat() if board.date else "",
         source=board.source,
+        licence=board.licence,
         digest=board.ratings.digest,
         note="; ".join(board.notes),
     )
@@ -142,5 +144,6 @@ def _curve(store: ArtifactStore, parts: CurveParts) -> TrainingCurve:
                 held_out_accuracy=record.get("eval_accuracy"),
             )
             for record in steps
+            if "loss" in record  # before the first step there is only an evaluation
         ),
     )

@@ -26,7 +26,17 @@ from charm_core import errors
 from charm_core.errors import ConfigError, TrainingError, WorkerLostError
 from charm_core.reward_model.jobs import CurveRecord, Launch, ScoringJob, ScoringSummary, TrainingJob, TrainingOutcome
 from charm_core.reward_model.spec import TrainingConfig
-from charm_core.reward_model.workdir import CURVE, FAILURE, LOG, Failure, claim, finished_outcome, make_folder, read_curve, rewind
+from charm_core.reward_model.workdir import (
+    CURVE,
+    FAILURE,
+    LOG,
+    Failure,
+    claim,
+    finished_outcome,
+    make_folder,
+    read_curve,
+    rewind,
+)
 from charm_core.reward_model.worker import PROGRESS, identify
 
 logger = logging.getLogger(__name__)
@@ -334,7 +344,7 @@ def _cores() -> int:
 
 
 def _gpu_count() -> int:
-    """GPUs that the workers would see, asked of torch without making a CUDA context."""
-    import torch
+    """GPUs that the workers would see. Torch is imported late: it takes seconds."""
+    from charm_core.reward_model.devices import gpu_count
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return gpu_count()

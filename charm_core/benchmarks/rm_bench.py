@@ -1,8 +1,9 @@
 """RM-Bench: does a reward model see substance through style?
 
-Source: arXiv 2410.16184, METHOD.md section 5. Each item has three chosen and three rejected responses in rising style: concise, detailed, detailed with markdown. In
+Each item has three chosen and three rejected responses in rising style: concise, detailed, detailed with markdown. In
 the 3×3 matrix of ``chosen > rejected`` (rows chosen), the upper triangle is *hard* (a plainer chosen response against a
-more styled rejected one), the diagonal *normal*, the lower triangle *easy*. Ties are losses.
+more styled rejected one), the diagonal *normal*, the lower triangle *easy*. Ties are losses. Source: arXiv 2410.16184,
+METHOD.md section 5.
 
 Example: ``score_rm_bench(items, scores)`` with scores of the texts that ``rm_bench_texts(items)`` returns.
 """

@@ -37,7 +37,9 @@ def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]
     return batches
 
 
-def share_out(groups: Sequence[PairGroup], lengths: Sequence[int], *, ranks: int, budget: int) -> list[list[list[PairGroup]]]:
+def share_out(
+    groups: Sequence[PairGroup], lengths: Sequence[int], *, ranks: int, budget: int
+) -> list[list[list[PairGroup]]]:
     """Deal one step's groups out to the ranks and into micro-batches.
 
     Groups go, most tokens first, to the rank with the fewest tokens so far. A group is never split: one that exceeds the

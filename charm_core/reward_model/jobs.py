@@ -34,7 +34,9 @@ class ScoringJob(BaseModel):
     model: RewardModelSpec
     prompts_path: Path = Field(description="PROMPTS as Parquet.")
     responses_path: Path = Field(description="RESPONSES as Parquet.")
-    scores_path: Path = Field(description="Where SCORES go as Parquet; the summary lies beside it with the suffix .json.")
+    scores_path: Path = Field(
+        description="Where SCORES go as Parquet; the summary lies beside it with the suffix .json."
+    )
 
 
 class TrainingJob(BaseModel):
@@ -43,10 +45,14 @@ class TrainingJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: RewardModelSpec
-    pairs_path: Path = Field(description="PAIRS as Parquet; rows whose split is train are trained on, held_out evaluated on.")
+    pairs_path: Path = Field(
+        description="PAIRS as Parquet; rows whose split is train are trained on, held_out evaluated on."
+    )
     ratings_path: Path | None = Field(default=None, description="RATINGS as Parquet; needed by win_rate_matching.")
     output_dir: Path = Field(description="Where the finished model folder goes.")
-    work_dir: Path = Field(description="Curve, log and checkpoints of this job; a job that finds them goes on from there.")
+    work_dir: Path = Field(
+        description="Curve, log and checkpoints of this job; a job that finds them goes on from there."
+    )
     config: TrainingConfig = TrainingConfig()
 
 
@@ -66,10 +72,14 @@ class TrainingOutcome(BaseModel):
     tokens_if_pairwise: int = Field(description="The same if both responses of every pair were encoded anew.")
     prompts_cut: int
     responses_cut: int
-    margin_scale: float | None = Field(description="Unit of the margins, in the scores' unit; none without training pairs.")
+    margin_scale: float | None = Field(
+        description="Unit of the margins, in the scores' unit; none without training pairs."
+    )
     first_loss: float
     last_loss: float
-    evaluation_before: dict[str, float] | None = Field(description="Loss, accuracy, mean margin on held-out pairs, before.")
+    evaluation_before: dict[str, float] | None = Field(
+        description="Loss, accuracy, mean margin on held-out pairs, before."
+    )
     evaluation_after: dict[str, float] | None = Field(description="The same after training.")
 
 
@@ -89,7 +99,9 @@ class Launch(BaseModel):
 
     training: TrainingJob | None = None
     scoring: ScoringJob | None = None
-    parent: ProcessIdentity | None = Field(default=None, description="Workers end when this process has ended; none: never.")
+    parent: ProcessIdentity | None = Field(
+        default=None, description="Workers end when this process has ended; none: never."
+    )
 
 
 CurveRecord = dict[str, Any]

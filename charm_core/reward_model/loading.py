@@ -53,7 +53,9 @@ def check_reward_model(spec: RewardModelSpec) -> None:
         _check_head_is_stored(head_name(classifier), spec)
 
 
-def load_reward_model(spec: RewardModelSpec, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RewardModel:
+def load_reward_model(
+    spec: RewardModelSpec, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> RewardModel:
     """Load a reward model for scoring or training, in evaluation mode.
 
     Args:
@@ -72,7 +74,13 @@ def load_reward_model(spec: RewardModelSpec, *, dtype: torch.dtype | None = None
     classifier = _load_classifier(spec, dtype or arithmetic_dtype(spec.dtype, device))
     network = RewardNetwork(classifier).to(device).eval()
     _check_finite(network.classifier.named_parameters(), spec)
-    return RewardModel(network=network, tokenizer=tokenizer, pad_token_id=pad, spec=fit_to_model(spec, config, tokenizer), device=device)
+    return RewardModel(
+        network=network,
+        tokenizer=tokenizer,
+        pad_token_id=pad,
+        spec=fit_to_model(spec, config, tokenizer),
+        device=device,
+    )
 
 
 def default_device() -> torch.device:
@@ -97,14 +105,18 @@ def is_folder(spec: RewardModelSpec) -> bool:
     if path.is_dir():
         return True
     if path.exists() or not HUB_ID.fullmatch(spec.path):
-        raise ModelError(f"the reward model {spec.path!r} is not a folder; give a Hugging Face model folder or a hub id")
+        raise ModelError(
+            f"the reward model {spec.path!r} is not a folder; give a Hugging Face model folder or a hub id"
+        )
     return False
 
 
 def fit_to_model(spec: RewardModelSpec, config: Any, tokenizer: Any) -> RewardModelSpec:
     """The spec with ``max_length`` lowered to the limits that the model's config and tokenizer state."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = min(spec.max_length, tokenizer.model_max_length, positions if positions and positions > 0 else spec.max_length)
+    limit = min(
+        spec.max_length, tokenizer.model_max_length, positions if positions and positions > 0 else spec.max_length
+    )
     if limit < spec.max_length:
         logger.info("max_length lowered from %d to %d, the limit of %s", spec.max_length, limit, spec.path)
     return spec.model_copy(update={"max_length": limit})
@@ -156,7 +168,9 @@ def _check_files(folder: Path) -> None:
 
 def _load_tokenizer(spec: RewardModelSpec) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
     except Exception as error:
         raise ModelError(f"the tokenizer of the reward model {spec.path!r} cannot be read: {error}") from error
     if not tokenizer.is_fast:
@@ -190,7 +204,9 @@ def _from_config(config: Any, spec: RewardModelSpec) -> Any:
     try:
         return AutoModelForSequenceClassification.from_config(config, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
-        raise ModelError(f"the reward model {spec.path!r} is not a sequence classifier that transformers knows: {error}") from error
+        raise ModelError(
+            f"the reward model {spec.path!r} is not a sequence classifier that transformers knows: {error}"
+        ) from error
 
 
 def _check_head_is_stored(name: str, spec: RewardModelSpec) -> None:
@@ -211,4 +227,6 @@ def _check_head_is_stored(name: str, spec: RewardModelSpec) -> None:
 def _check_finite(parameters: Iterable[tuple[str, torch.nn.Parameter]], spec: RewardModelSpec) -> None:
     for name, parameter in parameters:
         if not torch.isfinite(parameter).all():
-            raise ModelError(f"the reward model {spec.path!r} has NaN or infinite weights, first in {name}; use an intact copy")
+            raise ModelError(
+                f"the reward model {spec.path!r} has NaN or infinite weights, first in {name}; use an intact copy"
+            )

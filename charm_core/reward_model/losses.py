@@ -24,7 +24,9 @@ class PairTargets:
     """Mean of the two calibrated scores."""
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, label_smoothing: float = 0.0
+) -> Tensor:
     """``-log σ(d)`` with ``d = chosen - rejected - margin``; equal scores without margin give ln 2.
 
     With label smoothing ε the pair counts as mislabelled with probability ε: ``-(1-ε) log σ(d) - ε log σ(-d)``.

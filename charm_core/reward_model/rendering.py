@@ -147,7 +147,12 @@ def _with_fixed_date(template: str) -> str:
 
 def _characters_of(tokenizer: Any, text: str, tokens: int) -> int:
     """How many characters the first ``tokens`` tokens of a text span."""
-    ends = [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]]
+    ends = [
+        end
+        for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+    ]
     return len(text) if tokens >= len(ends) else ends[tokens - 1] if tokens > 0 else 0
 
 

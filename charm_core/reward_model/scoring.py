@@ -117,7 +117,11 @@ def _check_scores(scores: pl.DataFrame, spec: RewardModelSpec) -> None:
 
 
 def _summary(
-    spec: RewardModelSpec, asked: pl.DataFrame, rendered: Sequence[Rendered], distinct: Sequence[Rendered], scores: pl.DataFrame
+    spec: RewardModelSpec,
+    asked: pl.DataFrame,
+    rendered: Sequence[Rendered],
+    distinct: Sequence[Rendered],
+    scores: pl.DataFrame,
 ) -> ScoringSummary:
     lengths = [len(text.input_ids) for text in distinct]
     batches = token_budget_batches(lengths, spec.batch_tokens)

@@ -34,7 +34,8 @@ class RewardModelSpec(BaseModel):
         default=16384, ge=1, description="Most tokens in one scoring batch, padding included. Does not change a score."
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        default="auto", description="Attention kernel, as transformers names it; auto is sdpa where the model supports it."
+        default="auto",
+        description="Attention kernel, as transformers names it; auto is sdpa where the model supports it.",
     )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with this model. Only for a model that you have read."

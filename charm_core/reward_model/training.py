@@ -280,7 +280,9 @@ class _Trainer:
         totals.add(losses, scores[chosen], scores[rejected], sum(len(text.input_ids) for text in texts))
         if self.win_rates is None:
             return losses
-        wins = self.win_rates.wins(scores[chosen], scores[rejected], rows, self.config.win_rate_temperature * self.scale)
+        wins = self.win_rates.wins(
+            scores[chosen], scores[rejected], rows, self.config.win_rate_temperature * self.scale
+        )
         sums = self.win_rates.sums(wins, rows)
         totals.wins = sums if totals.wins is None else totals.wins + sums
         return losses if slopes is None else losses + self.win_rates.linear_losses(wins, rows, slopes)

@@ -105,7 +105,9 @@ def mark_finished(job: TrainingJob, outcome: TrainingOutcome) -> None:
 
 def checkpoint_steps(work_dir: Path) -> list[int]:
     """Steps of the complete checkpoints, oldest first. A checkpoint's folder has its name only once it is complete."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (work_dir / CHECKPOINTS).glob("step-*") if path.is_dir())
+    return sorted(
+        int(path.name.removeprefix("step-")) for path in (work_dir / CHECKPOINTS).glob("step-*") if path.is_dir()
+    )
 
 
 def checkpoint_folder(work_dir: Path, step: int) -> Path:

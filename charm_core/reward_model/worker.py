@@ -121,7 +121,8 @@ def _score(job: ScoringJob) -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     def report(done: int, total: int) -> None:
-        print(f"{PROGRESS}{done} {total}", flush=True)
+        sys.stdout.write(f"{PROGRESS}{done} {total}\n")
+        sys.stdout.flush()
 
     result = score_responses(job.model, pl.read_parquet(job.prompts_path), pl.read_parquet(job.responses_path), report)
     partial = job.scores_path.with_name(f"{job.scores_path.name}.partial")

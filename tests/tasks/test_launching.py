@@ -10,15 +10,15 @@ from pathlib import Path
 import polars as pl
 import psutil
 import pytest
-from tests.charm_core.reward_model.tiny import pairs_table, prompts_and_responses, save_model
 
 from charm_core.errors import ConfigError, ModelError, TableError, TrainingError
 from charm_core.reward_model.jobs import ScoringJob, TrainingJob
 from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
-from charm_core.reward_model.worker import identify, is_alive
 from charm_core.reward_model.workdir import read_curve
+from charm_core.reward_model.worker import identify, is_alive
 from tasks.launching import rank_count, run_scoring, run_training
+from tests.charm_core.reward_model.tiny import pairs_table, prompts_and_responses, save_model
 
 ROOT = Path(__file__).parents[2]
 GONE_SECONDS = 20

@@ -128,7 +128,7 @@ def test_limits_reach_the_split(store: ArtifactStore, tmp_path: Path):
         ("r.parquet", table().with_columns(response=pl.lit(None, pl.String)), {}, TableError, r"80 empty cells"),
         ("r.parquet", pl.concat([table(), table()[:1]]), {}, TableError, r"more than once"),
         ("r.parquet", table().with_columns(prompt_id=pl.lit("p")), {}, TableError, r"40 different texts"),
-        ("r.csv", "prompt_id,prompt\n", {}, TableError, r"lacks the columns"),
+        ("r.csv", "prompt_id,prompt\np,q\n", {}, TableError, r"lacks the columns"),
         ("r.txt", "x", {}, ConfigError, r"suffix '.txt'"),
         (
             "r.parquet",

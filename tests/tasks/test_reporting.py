@@ -20,7 +20,7 @@ from charm_core.offsets import OffsetConfig, fit_offsets
 from charm_core.preferences import PairSummary
 from charm_core.records import Estimate
 from charm_core.selection import ModelChoice, Selection
-from tasks.reporting import (
+from tasks.report_data import (
     BenchmarkRow,
     BoardInfo,
     CurvePoint,
@@ -37,18 +37,10 @@ from tasks.reporting import (
     TruthReport,
     VariantName,
     VariantValue,
-    _pair_point,
-    answer,
-    figures_for_tracking,
-    heat_map,
-    mismatch_markdown,
-    model_card,
-    number,
-    page_figures,
-    render_report,
-    span,
-    summary_text,
 )
+from tasks.report_figures import _pair_point, heat_map, page_figures
+from tasks.report_text import answer, mismatch_markdown, model_card, number, span, summary_text
+from tasks.reporting import figures_for_tracking, render_report
 
 LABELS: dict[VariantName, str] = {"untouched": "untouched", "control": "control (δ = 0)", "calibrated": "calibrated"}
 BIAS: dict[VariantName, float] = {"untouched": 1.0, "control": 1.1, "calibrated": 0.2}

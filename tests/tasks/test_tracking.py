@@ -245,9 +245,10 @@ class TestLogging:
             run.log_table(frame, "models.json")
             run.log_text("<html>ü</html>", "report.html")
 
-        run_id = logged(log).info.run_id
-        assert Path(client.download_artifacts(run_id, "report.html", str(tmp_path))).read_text() == "<html>ü</html>"
-        table = client.load_table(run_id, "models.json")
+        info = logged(log).info
+        report = Path(client.download_artifacts(info.run_id, "report.html", str(tmp_path)))
+        assert report.read_text() == "<html>ü</html>"
+        table = client.load_table(info.experiment_id, "models.json", [info.run_id])
         assert table["policy_model"].tolist() == ["a", "b"]
         assert table["overvaluation"].tolist()[0] == 1.5
 

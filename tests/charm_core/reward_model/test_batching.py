@@ -20,7 +20,12 @@ def groups_of(sizes):
     for number, size in enumerate(sizes):
         pairs = tuple((0, other) for other in range(1, size)) or ((0, 0),)
         groups.append(
-            PairGroup(prompt_id=f"p{number}", texts=tuple(range(first, first + size)), pairs=pairs, rows=tuple(range(len(pairs))))
+            PairGroup(
+                prompt_id=f"p{number}",
+                texts=tuple(range(first, first + size)),
+                pairs=pairs,
+                rows=tuple(range(len(pairs))),
+            )
         )
         first += size
     return groups
@@ -57,7 +62,9 @@ def test_steps_take_whole_prompts_every_epoch_once(sizes, pairs_per_step, epochs
     order = [group.prompt_id for step in steps for group in step]
     whole = int(epochs)
     for epoch in range(whole):
-        assert sorted(order[epoch * len(groups) : (epoch + 1) * len(groups)]) == sorted(group.prompt_id for group in groups)
+        assert sorted(order[epoch * len(groups) : (epoch + 1) * len(groups)]) == sorted(
+            group.prompt_id for group in groups
+        )
     assert len(order) - whole * len(groups) == (max(1, round((epochs - whole) * len(groups))) if epochs > whole else 0)
     assert all(len(step) == 1 or sum(len(group.pairs) for group in step) <= pairs_per_step for step in steps)
     assert steps == plan_steps(groups, config)
@@ -80,7 +87,9 @@ def test_each_response_of_a_prompt_is_one_text_however_many_pairs_it_is_in():
     assert [len(group.texts) for group in data.train] == [4] * 4
     assert len(data.held_out) == 2
     assert len(data.texts) == 6 * 4
-    np.testing.assert_allclose(data.margins, pairs_table(6, "abcd", 2).sort("prompt_id", "chosen_model", "rejected_model")["margin"])
+    np.testing.assert_allclose(
+        data.margins, pairs_table(6, "abcd", 2).sort("prompt_id", "chosen_model", "rejected_model")["margin"]
+    )
 
 
 def bad_pairs(**changes):

@@ -95,7 +95,9 @@ def test_damaged_weights(folder):
 
 
 def test_the_end_of_text_token_pads_where_there_is_no_pad_token(tmp_path):
-    model = load_reward_model(RewardModelSpec(path=str(save_model(tmp_path / "rm", tokenizer=chat_tokenizer(pad_token=None)))))
+    model = load_reward_model(
+        RewardModelSpec(path=str(save_model(tmp_path / "rm", tokenizer=chat_tokenizer(pad_token=None))))
+    )
     assert model.tokenizer.pad_token is None
     assert model.pad_token_id == model.tokenizer.eos_token_id
 

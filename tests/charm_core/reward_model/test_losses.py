@@ -51,14 +51,18 @@ def test_bradley_terry_is_the_smoothed_cross_entropy(chosen, rejected, smoothing
 def test_the_unit_of_scores_does_not_matter_to_margin_regression(a, b, c, d, unit):
     margins = torch.tensor([c - d, 1.0], dtype=torch.float64)
     there = margin_regression(one(a), one(b), margin=one(c - d), scale=root_mean_square(margins))
-    here = margin_regression(one(a * unit), one(b * unit), margin=one((c - d) * unit), scale=root_mean_square(margins * unit))
+    here = margin_regression(
+        one(a * unit), one(b * unit), margin=one((c - d) * unit), scale=root_mean_square(margins * unit)
+    )
     assert here.item() == pytest.approx(there.item(), rel=1e-9, abs=1e-12)
 
 
 def test_a_constant_model_has_a_mean_margin_regression_loss_of_1():
     margins = torch.tensor([0.3, 1.2, 2.0, 0.01], dtype=torch.float64)
     same = torch.zeros(4, dtype=torch.float64)
-    assert margin_regression(same, same, margin=margins, scale=root_mean_square(margins)).mean().item() == pytest.approx(1)
+    assert margin_regression(
+        same, same, margin=margins, scale=root_mean_square(margins)
+    ).mean().item() == pytest.approx(1)
 
 
 def test_the_configuration_decides_what_is_added():

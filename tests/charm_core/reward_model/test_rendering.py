@@ -24,7 +24,22 @@ def test_a_chat_template_is_used_as_it_is_and_its_bos_is_not_doubled():
     assert CHAT("w1")["input_ids"][0] == VOCABULARY["<bos>"]  # this tokenizer would add one of its own
     rendered = render(CHAT, messages("w1 w2", "w3", "w4"), "w5", spec())
     assert tokens(CHAT, rendered) == (
-        ["<bos>", "<user>", "w1", "w2", "<eos>", "<assistant>", "w3", "<eos>", "<user>", "w4", "<eos>", "<assistant>", "w5", "<eos>"]
+        [
+            "<bos>",
+            "<user>",
+            "w1",
+            "w2",
+            "<eos>",
+            "<assistant>",
+            "w3",
+            "<eos>",
+            "<user>",
+            "w4",
+            "<eos>",
+            "<assistant>",
+            "w5",
+            "<eos>",
+        ]
     )
     assert rendered.token_type_ids is None
     assert not rendered.prompt_cut
@@ -44,7 +59,14 @@ def test_several_messages_become_one_text_for_an_encoder():
 
 def test_an_empty_response_is_rendered():
     assert tokens(PAIR, render(PAIR, messages("w1"), "", spec())) == ["[CLS]", "w1", "[SEP]", "[SEP]"]
-    assert tokens(CHAT, render(CHAT, messages("w1"), "", spec())) == ["<bos>", "<user>", "w1", "<eos>", "<assistant>", "<eos>"]
+    assert tokens(CHAT, render(CHAT, messages("w1"), "", spec())) == [
+        "<bos>",
+        "<user>",
+        "w1",
+        "<eos>",
+        "<assistant>",
+        "<eos>",
+    ]
 
 
 @pytest.mark.parametrize("tokenizer", [CHAT, PAIR], ids=["chat", "pair"])
@@ -59,7 +81,9 @@ def test_what_is_too_long_loses_ends_and_keeps_the_closing_tokens(tokenizer, pro
     fixed = len(whole) - len(prompt.split()) - len(response.split())
     kept_response = min(len(response.split()), max(min(least, limit - fixed), limit - fixed - len(prompt.split())))
     kept_prompt = min(len(prompt.split()), limit - fixed - kept_response)
-    assert [token for token in kept if token in WORDS] == prompt.split()[:kept_prompt] + response.split()[:kept_response]
+    assert [token for token in kept if token in WORDS] == prompt.split()[:kept_prompt] + response.split()[
+        :kept_response
+    ]
     assert cut.prompt_cut == (kept_prompt < len(prompt.split()))
     assert cut.response_cut == (kept_response < len(response.split()))
 
@@ -67,7 +91,23 @@ def test_what_is_too_long_loses_ends_and_keeps_the_closing_tokens(tokenizer, pro
 def test_max_prompt_characters_cuts_each_message_at_its_end():
     rendered = render(CHAT, messages("w1 w2 w3", "w4", "w5 w6"), "w7 w8 w9", spec(max_prompt_characters=2))
     assert tokens(CHAT, rendered) == (
-        ["<bos>", "<user>", "w1", "<eos>", "<assistant>", "w4", "<eos>", "<user>", "w5", "<eos>", "<assistant>", "w7", "w8", "w9", "<eos>"]
+        [
+            "<bos>",
+            "<user>",
+            "w1",
+            "<eos>",
+            "<assistant>",
+            "w4",
+            "<eos>",
+            "<user>",
+            "w5",
+            "<eos>",
+            "<assistant>",
+            "w7",
+            "w8",
+            "w9",
+            "<eos>",
+        ]
     )
     assert rendered.prompt_cut
     assert not rendered.response_cut

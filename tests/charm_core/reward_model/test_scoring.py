@@ -30,7 +30,8 @@ def models(tmp_path_factory):
 def texts_of(model, seed, count=14):
     rng = np.random.default_rng(seed)
     return [
-        render(model.tokenizer, messages(sentence(rng, high=9)), sentence(rng, low=0, high=40), model.spec) for _ in range(count)
+        render(model.tokenizer, messages(sentence(rng, high=9)), sentence(rng, low=0, high=40), model.spec)
+        for _ in range(count)
     ]
 
 
@@ -59,7 +60,8 @@ def test_a_score_does_not_depend_on_its_batch(models, name, seed, budget, random
     alone = [score_texts(model, [text])[0] for text in texts]
     order = random.sample(range(len(texts)), len(texts))
     batched = score_texts(
-        type(model)(**(vars(model) | {"spec": model.spec.model_copy(update={"batch_tokens": budget})})), [texts[i] for i in order]
+        type(model)(**(vars(model) | {"spec": model.spec.model_copy(update={"batch_tokens": budget})})),
+        [texts[i] for i in order],
     )
     np.testing.assert_allclose(batched, [alone[i] for i in order], atol=TOLERANCE)
     assert np.std(alone) > 100 * TOLERANCE
@@ -89,7 +91,12 @@ def test_a_table_is_scored_and_summarised(models):
     )
     twin = responses.filter(pl.col("policy_model") == "b").with_columns(policy_model=pl.lit("twin"))
     calls = []
-    result = score_responses(spec, prompts, pl.concat([responses, twin]).sample(fraction=1, shuffle=True, seed=1), lambda *now: calls.append(now))
+    result = score_responses(
+        spec,
+        prompts,
+        pl.concat([responses, twin]).sample(fraction=1, shuffle=True, seed=1),
+        lambda *now: calls.append(now),
+    )
     assert result.scores.columns == ["prompt_id", "policy_model", "score"]
     assert result.scores.rows() == sorted(result.scores.rows())
     wide = result.scores.pivot("policy_model", index="prompt_id", values="score")
@@ -111,7 +118,9 @@ def test_a_response_without_prompt_is_an_error(models):
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not (SHARED / "models/minilm-judge-rm").exists(), reason="needs ../shared/models, which is not here")
+@pytest.mark.skipif(
+    not (SHARED / "models/minilm-judge-rm").exists(), reason="needs ../shared/models, which is not here"
+)
 def test_a_real_model_gets_the_inputs_it_was_trained_with():
     path = SHARED / "models/minilm-judge-rm"
     rows = (
@@ -120,7 +129,9 @@ def test_a_real_model_gets_the_inputs_it_was_trained_with():
         .sample(40, seed=3)
     )
     prompts = rows.unique("prompt_id").select(
-        "prompt_id", prompt_set=pl.lit("real"), messages=pl.concat_list(pl.struct(role=pl.lit("user"), content="prompt"))
+        "prompt_id",
+        prompt_set=pl.lit("real"),
+        messages=pl.concat_list(pl.struct(role=pl.lit("user"), content="prompt")),
     )
     spec = RewardModelSpec(path=str(path), max_length=256, max_prompt_characters=600, min_response_tokens=1)
     scores = score_responses(spec, prompts, rows.select("prompt_id", policy_model="model", response="response")).scores

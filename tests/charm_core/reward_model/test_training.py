@@ -3,7 +3,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from tests.charm_core.reward_model.tiny import pairs_table, save_model
 from transformers import AutoModelForSequenceClassification
 
 from charm_core.errors import ArtifactError, TrainingError
@@ -15,9 +14,16 @@ from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.training import Rank, train
 from charm_core.reward_model.workdir import read_curve
+from tests.charm_core.reward_model.tiny import pairs_table, save_model
 
 HERE = Rank(number=0, world_size=1, device=torch.device("cpu"))
-PLAIN = {"zero_stage": None, "learning_rate": 3e-3, "pairs_per_step": 8, "micro_batch_tokens": 150, "checkpoint_every_steps": 4}
+PLAIN = {
+    "zero_stage": None,
+    "learning_rate": 3e-3,
+    "pairs_per_step": 8,
+    "micro_batch_tokens": 150,
+    "checkpoint_every_steps": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +111,15 @@ def test_encoding_a_response_once_or_in_every_pair_gives_the_same_curve(job_of):
     together, curve_together = run(job_of("together", pairs=table, pairs_per_step=10**6, epochs=6))
     separate, curve_apart = run(job_of("apart", pairs=apart, pairs_per_step=10**6, epochs=6))
     assert losses(curve_together) == pytest.approx(losses(curve_apart), abs=1e-5)
-    assert [r["gradient_norm"] for r in curve_together] == pytest.approx([r["gradient_norm"] for r in curve_apart], rel=1e-3)
+    assert [r["gradient_norm"] for r in curve_together] == pytest.approx(
+        [r["gradient_norm"] for r in curve_apart], rel=1e-3
+    )
     assert together.tokens_if_pairwise == separate.tokens_trained == 3 * together.tokens_trained
 
 
-@pytest.mark.parametrize("changes", [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 10**6}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes", [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 10**6}, {"gradient_checkpointing": True}]
+)
 def test_how_a_step_is_cut_up_does_not_change_the_curve(job_of, changes):
     _, expected = run(job_of("plain"))
     _, found = run(job_of("cut", **changes))
@@ -143,7 +153,9 @@ def test_the_saved_folder_is_plain_and_scores_as_the_trained_network(job_of):
     assert outcome.evaluation_before != outcome.evaluation_after
     held_out = pairs.filter(split="held_out")
     sides = [
-        held_out.select("prompt_id", policy_model=f"{side}_model", response=pl.col(side).list.first().struct.field("content"))
+        held_out.select(
+            "prompt_id", policy_model=f"{side}_model", response=pl.col(side).list.first().struct.field("content")
+        )
         for side in ("chosen", "rejected")
     ]
     prompts = held_out.unique("prompt_id").select("prompt_id", prompt_set=pl.lit("x"), messages="prompt")
@@ -154,7 +166,9 @@ def test_the_saved_folder_is_plain_and_scores_as_the_trained_network(job_of):
         renamed = scores.rename({"policy_model": f"{side}_model", "score": side})
         joined = joined.join(renamed, on=["prompt_id", f"{side}_model"])
     assert joined.height == outcome.held_out_pairs == 9
-    assert (joined["chosen"] - joined["rejected"]).mean() == pytest.approx(outcome.evaluation_after["margin_mean"], abs=1e-5)
+    assert (joined["chosen"] - joined["rejected"]).mean() == pytest.approx(
+        outcome.evaluation_after["margin_mean"], abs=1e-5
+    )
     classifier, report = AutoModelForSequenceClassification.from_pretrained(outcome.model_dir, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -206,7 +220,12 @@ def test_only_the_last_layers_and_the_head_are_trained_if_asked(job_of):
 def test_the_head_may_learn_at_its_own_rate(models):
     network = load_reward_model(RewardModelSpec(path=str(models["bert"]))).network
     groups = parameter_groups(network, TrainingConfig(learning_rate=1e-5, head_learning_rate=1e-3, weight_decay=0.1))
-    assert [(group["peak"], group["weight_decay"]) for group in groups] == [(1e-5, 0.1), (1e-5, 0), (1e-3, 0.1), (1e-3, 0)]
+    assert [(group["peak"], group["weight_decay"]) for group in groups] == [
+        (1e-5, 0.1),
+        (1e-5, 0),
+        (1e-3, 0.1),
+        (1e-3, 0),
+    ]
     assert [parameter.shape for group in groups[2:] for parameter in group["params"]] == [(1, 32), (1,)]
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
 
@@ -230,7 +249,12 @@ def test_a_loss_that_is_not_a_number_stops_with_step_and_prompts(job_of):
 def test_one_broken_prompt_is_named(job_of):
     table = pairs_table()
     infinite = pl.when(prompt_id="p007").then(1e200).otherwise(pl.col("chosen_calibrated"))
-    job = job_of(pairs=table.with_columns(chosen_calibrated=infinite), objective="margin_regression", margin_scale=1.0, pairs_per_step=1)
+    job = job_of(
+        pairs=table.with_columns(chosen_calibrated=infinite),
+        objective="margin_regression",
+        margin_scale=1.0,
+        pairs_per_step=1,
+    )
     with pytest.raises(TrainingError, match="its 1 prompts are p007"):
         train(job, HERE)
 

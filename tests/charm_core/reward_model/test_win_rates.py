@@ -17,9 +17,7 @@ RATINGS = pl.DataFrame(
     }
 )
 # the same two models in both orders, as happens when the chosen one differs from prompt to prompt
-PAIRS = pl.DataFrame(
-    {"chosen_model": ["a", "b", "a", "c", "b", "c"], "rejected_model": ["b", "a", "c", "a", "c", "b"]}
-)
+PAIRS = pl.DataFrame({"chosen_model": ["a", "b", "a", "c", "b", "c"], "rejected_model": ["b", "a", "c", "a", "c", "b"]})
 TEMPERATURE = 0.7
 
 

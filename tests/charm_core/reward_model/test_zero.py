@@ -6,7 +6,6 @@ import shutil
 import psutil
 import pytest
 import torch
-from tests.charm_core.reward_model.tiny import pairs_table, save_model
 
 from charm_core.errors import WorkerLostError
 from charm_core.reward_model.jobs import TrainingJob
@@ -14,6 +13,7 @@ from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.training import Rank, train
 from charm_core.reward_model.workdir import checkpoint_steps, read_curve
 from tasks.launching import run_training
+from tests.charm_core.reward_model.tiny import pairs_table, save_model
 
 STEPS = 36
 KEYS = ("loss", "accuracy", "margin_mean", "score_mean", "gradient_norm", "learning_rate", "pairs", "tokens")
@@ -71,7 +71,9 @@ def weights(job):
 def assert_same_curve(found, expected, tolerance):
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     for key in KEYS:
-        assert [r.get(key) for r in found[1:]] == pytest.approx([r.get(key) for r in expected[1:]], rel=tolerance, abs=tolerance)
+        assert [r.get(key) for r in found[1:]] == pytest.approx(
+            [r.get(key) for r in expected[1:]], rel=tolerance, abs=tolerance
+        )
     assert found[0] == pytest.approx(expected[0], abs=tolerance)
 
 
@@ -102,7 +104,9 @@ def uninterrupted(job_of):
 def test_two_zero_3_ranks_give_the_curve_of_plain_training(uninterrupted):
     assert_same_curve(read_curve(uninterrupted.work_dir), train_here(plain(uninterrupted)), 2e-4)
     first = [record["loss"] for record in read_curve(uninterrupted.work_dir)[1:11]]
-    assert first == pytest.approx([record["loss"] for record in read_curve(plain(uninterrupted).work_dir)[1:11]], abs=3e-6)
+    assert first == pytest.approx(
+        [record["loss"] for record in read_curve(plain(uninterrupted).work_dir)[1:11]], abs=3e-6
+    )
 
 
 def test_an_encoder_and_margin_regression_too(job_of):

@@ -82,7 +82,9 @@ def config_of(architecture: str, **changes: Any) -> Any:
     return DebertaV2Config(**shape, relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0)
 
 
-def save_model(folder: Path, architecture: str = "qwen3", *, seed: int = 0, tokenizer: Any = None, **changes: Any) -> Path:
+def save_model(
+    folder: Path, architecture: str = "qwen3", *, seed: int = 0, tokenizer: Any = None, **changes: Any
+) -> Path:
     """A random reward model in a folder; scores spread over about a unit."""
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(config_of(architecture, **changes))
@@ -108,7 +110,9 @@ def messages(*contents: str) -> list[dict[str, str]]:
     return [{"role": roles[number % 2], "content": content} for number, content in enumerate(contents)]
 
 
-def prompts_and_responses(prompts: int, models: Sequence[str] = ("a", "b", "c"), seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
+def prompts_and_responses(
+    prompts: int, models: Sequence[str] = ("a", "b", "c"), seed: int = 0
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """PROMPTS and RESPONSES of random words."""
     rng = np.random.default_rng(seed)
     ids = [f"p{number:03d}" for number in range(prompts)]
@@ -117,7 +121,9 @@ def prompts_and_responses(prompts: int, models: Sequence[str] = ("a", "b", "c"),
     return asked, pl.DataFrame(rows, schema=["prompt_id", "policy_model", "response"], orient="row")
 
 
-def pairs_table(prompts: int = 12, models: Sequence[str] = ("a", "b", "c"), held_out: int = 3, seed: int = 0) -> pl.DataFrame:
+def pairs_table(
+    prompts: int = 12, models: Sequence[str] = ("a", "b", "c"), held_out: int = 3, seed: int = 0
+) -> pl.DataFrame:
     """PAIRS: all pairs of a few models, whose calibrated score counts the words ``w0`` to ``w9``."""
     asked, responses = prompts_and_responses(prompts, models, seed)
     prompt_of = dict(zip(asked["prompt_id"], asked["messages"].to_list(), strict=True))
@@ -127,7 +133,11 @@ def pairs_table(prompts: int = 12, models: Sequence[str] = ("a", "b", "c"), held
         scored = sorted((_quality(text) + 0.01 * index, model, text) for index, (model, text) in enumerate(answers))
         for low, worse in enumerate(scored):
             for better in scored[low + 1 :]:
-                rows.append(_pair_row(prompt_id, "held_out" if number < held_out else "train", prompt_of[prompt_id], better, worse))
+                rows.append(
+                    _pair_row(
+                        prompt_id, "held_out" if number < held_out else "train", prompt_of[prompt_id], better, worse
+                    )
+                )
     return pl.DataFrame(rows)
 
 

@@ -1,0 +1,90 @@
+"""The environment: read in one place, and never a reason for another result."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.settings import CHECKOUT, RuntimeSettings, prepare_environment
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("CHARM_")]:
+        monkeypatch.delenv(name)
+
+
+def test_everything_is_below_the_checkout_by_default():
+    settings = RuntimeSettings()
+    assert settings.artifact_store().url == str(CHECKOUT / ".charm" / "store")
+    assert settings.artifact_store().work_folder == str(CHECKOUT / ".charm" / "work")
+
+
+def test_home_moves_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    home = tmp_path / "a home"
+    monkeypatch.setenv("CHARM_HOME", str(home))
+    store, tracking = RuntimeSettings().artifact_store(), RuntimeSettings().tracking()
+    assert (store.url, store.work_folder) == (f"{home}/store", f"{home}/work")
+    assert tracking.uri == f"sqlite:///{home}/mlflow.db"
+    assert tracking.artifact_location == f"file://{tmp_path}/a%20home/mlflow-artifacts"
+    assert home.is_dir()
+
+
+@pytest.mark.parametrize("name", ["CHARM_HOME", "CHARM_STORE", "CHARM_TRACKING_URI", "CHARM_EXPERIMENT"])
+def test_an_empty_variable_is_no_variable(monkeypatch: pytest.MonkeyPatch, name: str):
+    default = RuntimeSettings()
+    monkeypatch.setenv(name, "")
+    assert RuntimeSettings() == default
+
+
+def test_relative_and_tilde_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("CHARM_HOME", "~/charm")
+    monkeypatch.setenv("CHARM_STORE", "there/store")
+    store = RuntimeSettings().artifact_store()
+    assert (store.url, store.work_folder) == (f"{tmp_path}/there/store", f"{tmp_path}/me/charm/work")
+
+
+@pytest.mark.parametrize("url", ["memory://charm", "s3://bucket/charm"])
+def test_a_store_at_a_url_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, url: str):
+    monkeypatch.setenv("CHARM_STORE", url)
+    assert RuntimeSettings().artifact_store().url == url
+
+
+def test_a_tracking_server_chooses_where_its_artifacts_go(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CHARM_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("CHARM_EXPERIMENT", "mine")
+    tracking = RuntimeSettings().tracking()
+    assert (tracking.uri, tracking.artifact_location, tracking.experiment) == ("http://mlflow:5000", None, "mine")
+
+
+def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DO_NOT_TRACK", "0")
+    monkeypatch.delenv("PREFECT_SERVER_ANALYTICS_ENABLED", raising=False)
+    prepare_environment()
+    assert os.environ["DO_NOT_TRACK"] == "0"
+    assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+
+
+def test_the_environment_is_ready_before_prefect_and_mlflow_are_imported():
+    script = (
+        "import sys, os, flows\n"
+        "assert not {'prefect', 'mlflow', 'torch'} & set(sys.modules), sorted(sys.modules)\n"
+        "assert os.environ['PREFECT_SERVER_ANALYTICS_ENABLED'] == 'false'\n"
+        "assert os.environ['MLFLOW_DISABLE_TELEMETRY'] == 'true'\n"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW", "DO_NOT"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=CHECKOUT,
+        env=environment | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
