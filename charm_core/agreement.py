@@ -21,7 +21,8 @@ from charm_core.mismatch_values import (
     mean_absolute_estimate,
     mismatch_replicates,
     mismatch_values,
-    rated_group,
+    overvaluation_rmse,
+    overvaluation_rmse_estimate,
 )
 from charm_core.records import Estimate, Record
 from charm_core.resampling import bootstrap_weights, normal_p_values, percentile_estimate, reflected_estimate
@@ -92,8 +93,7 @@ class _Measured:
     correlation_replicates: _Correlations
 
     def rating_rmse(self, values: MismatchValues) -> FloatArray:
-        chosen = values.overvaluation[..., rated_group(self.outcomes)]
-        return np.asarray(np.sqrt(np.mean(chosen**2, axis=-1)))
+        return overvaluation_rmse(self.outcomes, values)
 
 
 def elo_agreement(scores: pl.DataFrame, ratings: pl.DataFrame, config: MismatchConfig | None = None) -> EloAgreement:
@@ -120,11 +120,8 @@ def elo_agreement(scores: pl.DataFrame, ratings: pl.DataFrame, config: MismatchC
         pearson=percentile_estimate(float(point.pearson), replicates.pearson, settings.confidence),
         spearman=percentile_estimate(float(point.spearman), replicates.spearman, settings.confidence),
         kendall=percentile_estimate(float(point.kendall), replicates.kendall, settings.confidence),
-        rating_rmse=reflected_estimate(
-            float(measured.rating_rmse(measured.point)),
-            measured.rating_rmse(measured.replicates),
-            settings.confidence,
-            floor=0.0,
+        rating_rmse=overvaluation_rmse_estimate(
+            measured.outcomes, measured.point, measured.replicates, settings.confidence
         ),
         policy_models=len(matrix.policy_models),
         prompts=len(matrix.prompt_ids),

@@ -22,12 +22,13 @@ from charm_core.mismatch_values import (
     mismatch_replicates,
     mismatch_values,
     model_p_values,
+    overvaluation_rmse_estimate,
     pair_p_values,
     pair_points,
     rated_group,
 )
 from charm_core.records import Estimate, Record
-from charm_core.resampling import holm_adjusted, percentile_estimate, reflected_estimate
+from charm_core.resampling import holm_adjusted, percentile_estimate
 from charm_core.scores import (
     PairOutcomes,
     ScoreMatrix,
@@ -208,19 +209,12 @@ def _report(
     point = mismatch_values(outcomes, board.get_column("rating").to_numpy())
     replicates = mismatch_replicates(outcomes, board, replicates=config.bootstrap_replicates, seed=config.seed)
     notes = _infinite_notes(outcomes)
-    rated = rated_group(outcomes)
-    none_rated = len(notes) == len(outcomes.policy_models)
     comparisons = outcomes.shared.sum()
     return MismatchReport(
         models=_models(outcomes, board, point, replicates, config, means, notes),
         pairs=_pairs(outcomes, point, replicates, config),
         mean_absolute_mismatch=mean_absolute_estimate(point, replicates, config.confidence),
-        overvaluation_rmse=reflected_estimate(
-            np.nan if none_rated else float(_root_mean_square(point.overvaluation[rated])),
-            np.empty(0) if none_rated else _root_mean_square(replicates.overvaluation[:, rated]),
-            config.confidence,
-            floor=0.0,
-        ),
+        overvaluation_rmse=overvaluation_rmse_estimate(outcomes, point, replicates, config.confidence),
         tie_rate=float((outcomes.tie_rate * outcomes.shared).sum() / comparisons),
         smallest_score_gap=gap,
         prompts=len(outcomes.prompt_ids),
@@ -332,7 +326,3 @@ def _smallest_score_gap(matrix: ScoreMatrix) -> float | None:
     gaps = np.diff(np.sort(matrix.values, axis=1), axis=1)
     positive = gaps[gaps > 0]
     return float(positive.min()) if positive.size else None
-
-
-def _root_mean_square(values: FloatArray) -> FloatArray:
-    return np.asarray(np.sqrt(np.mean(values**2, axis=-1)))

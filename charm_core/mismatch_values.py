@@ -124,6 +124,31 @@ def mean_absolute_estimate(point: MismatchValues, replicates: MismatchValues, co
     return Estimate(value=value, low=low, high=reflected.high)
 
 
+def overvaluation_rmse(outcomes: PairOutcomes, values: MismatchValues) -> FloatArray:
+    """Root mean square overvaluation over the rated group in Elo points, shape ``(...)``; NaN where no model is rated."""
+    if len(mutually_beaten_groups(pair_points(outcomes) > 0)[0]) == 1:
+        return np.full(values.overvaluation.shape[:-1], np.nan)
+    return np.asarray(np.sqrt(np.mean(values.overvaluation[..., rated_group(outcomes)] ** 2, axis=-1)))
+
+
+def overvaluation_rmse_estimate(
+    outcomes: PairOutcomes, point: MismatchValues, replicates: MismatchValues, confidence: float
+) -> Estimate:
+    """Root mean square overvaluation with a reflected interval that also allows for its noise floor.
+
+    Sampling variance adds to the mean square; the lower end starts from what is left without it.
+    """
+    value, drawn = float(overvaluation_rmse(outcomes, point)), overvaluation_rmse(outcomes, replicates)
+    reflected = reflected_estimate(value, drawn, confidence, floor=0.0)
+    plain = percentile_estimate(value, drawn, confidence)
+    if reflected.low is None or plain.low is None or plain.high is None:
+        return reflected
+    variance = float(replicates.overvaluation[:, rated_group(outcomes)].var(axis=0).mean())
+    without_noise = float(np.sqrt(max(value**2 - variance, 0.0)))
+    low = min(reflected.low, max(without_noise - 0.5 * (plain.high - plain.low), 0.0))
+    return Estimate(value=value, low=low, high=reflected.high)
+
+
 def pair_p_values(outcomes: PairOutcomes, point: MismatchValues, replicates: MismatchValues) -> FloatArray:
     """Two-sided p-values of "the mismatch degree is 0", shape ``(P,)``.
 

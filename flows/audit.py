@@ -14,8 +14,8 @@ from flows.runs import AuditRun
 from flows.session import check_services, open_session
 from flows.sources import gather_sources, rated
 from tasks.arena import Board
-from tasks.debiasing import View, check_offsets, choose_models
-from tasks.evaluation import evaluate_preferences, evaluate_variant, evaluate_win_rates
+from tasks.debiasing import check_offsets, choose_models
+from tasks.evaluation import View, evaluate_preferences, evaluate_variant, evaluate_win_rates
 from tasks.evidence import DomainParts, ReportParts, compose_report
 from tasks.publishing import publish_markdown
 from tasks.report_data import ReportVariant

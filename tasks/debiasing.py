@@ -1,7 +1,7 @@
 """The method's steps: choose models, fit offsets, build debiased pairs."""
 
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from charm_core.mismatch import own_ratings
 from charm_core.offset_check import OffsetCheck, split_half_check
@@ -13,19 +13,6 @@ from tasks.caching import step
 from tasks.prompts import ResponseSet
 from tasks.report_data import ReportVariant
 from tasks.store import ArtifactRef, ArtifactStore
-
-
-class View(BaseModel):
-    """Which part of the scores a step looks at."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    label: str = Field(description="How a sentence names it, such as 'held-out prompts'.")
-    parts: tuple[str, ...] = Field(default=(), description="Parts of the split; all prompts if empty.")
-    policy_models: tuple[str, ...] = Field(default=(), description="Policy models; all if empty.")
-    focus: tuple[str, ...] = Field(
-        default=(), description="Only pairs with at least one of these models; all if empty."
-    )
 
 
 class PairSet(BaseModel):
@@ -48,14 +35,12 @@ def fit_model_offsets(
     store: ArtifactStore,
     scores: ArtifactRef,
     ratings: ArtifactRef,
-    split: ArtifactRef,
-    view: View,
     selection: Selection,
     config: OffsetConfig,
 ) -> ArtifactRef:
     """The offset that each policy model's scores need to agree with people."""
     fit = fit_offsets(
-        read_view(store, scores, split, view),
+        store.read_table(scores, SCORES),
         store.read_table(ratings, RATINGS),
         config,
         [choice.policy_model for choice in selection.references],
@@ -81,11 +66,9 @@ def offset_scores(store: ArtifactStore, scores: ArtifactRef, offsets: ArtifactRe
 
 
 @step(version=1)
-def rate_by_scores(
-    store: ArtifactStore, scores: ArtifactRef, ratings: ArtifactRef, split: ArtifactRef, view: View
-) -> ArtifactRef:
+def rate_by_scores(store: ArtifactStore, scores: ArtifactRef, ratings: ArtifactRef) -> ArtifactRef:
     """Ratings that the reward model's own wins amount to: what the control is trained towards instead of people's."""
-    own = own_ratings(read_view(store, scores, split, view), store.read_table(ratings, RATINGS))
+    own = own_ratings(store.read_table(scores, SCORES), store.read_table(ratings, RATINGS))
     return store.write_table(own, RATINGS)
 
 
@@ -95,13 +78,11 @@ def build_pairs(
     responses: ResponseSet,
     scores: ArtifactRef,
     offsets: ArtifactRef | None,
-    split: ArtifactRef,
-    view: View,
     selection: Selection,
     config: PreferenceConfig,
 ) -> PairSet:
     """Preference pairs in the order of the calibrated scores; without offsets, the control."""
-    calibrated = read_view(store, scores, split, view)
+    calibrated = store.read_table(scores, SCORES)
     models = calibrated.get_column("policy_model").unique().sort().to_list()
     fitted = store.read_record(offsets, OffsetFit).as_mapping() if offsets else {}
     built = build_preference_pairs(
@@ -113,14 +94,3 @@ def build_pairs(
         selection,
     )
     return PairSet(pairs=store.write_table(built.frame, PAIRS), summary=built.summary)
-
-
-def read_view(store: ArtifactStore, scores: ArtifactRef, split: ArtifactRef | None, view: View) -> pl.DataFrame:
-    """The rows of a SCORES table that a view shows."""
-    table = store.read_table(scores, SCORES)
-    if split is not None and view.parts:
-        chosen = store.read_frame(split).filter(pl.col("part").is_in(view.parts))
-        table = table.join(chosen.select("prompt_id"), on="prompt_id", how="semi")
-    if view.policy_models:
-        table = table.filter(pl.col("policy_model").is_in(view.policy_models))
-    return table

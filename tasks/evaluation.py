@@ -1,6 +1,7 @@
 """What a reward model's scores are worth on prompts and policy models that the calibration never saw."""
 
 import polars as pl
+from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.agreement import compare_mismatch, elo_agreement, score_length_correlation
 from charm_core.mismatch import (
@@ -13,7 +14,6 @@ from charm_core.reward_model.jobs import ScoringSummary
 from charm_core.simulation import SimulationConfig, planted_overvaluation, truth_accuracy
 from charm_core.tables import PREFERENCES, RATINGS, RESPONSES, SCORES, WIN_RATES
 from tasks.caching import step
-from tasks.debiasing import View, read_view
 from tasks.report_data import (
     PlantedBias,
     ReportComparison,
@@ -37,6 +37,19 @@ LABELS: dict[VariantName, str] = {
 _QUANTILES = {"quantile_05": 0.05, "quantile_25": 0.25, "median": 0.5, "quantile_75": 0.75, "quantile_95": 0.95}
 
 
+class View(BaseModel):
+    """Which part of the scores a step looks at."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str = Field(description="How a sentence names it, such as 'held-out prompts'.")
+    parts: tuple[str, ...] = Field(default=(), description="Parts of the split; all prompts if empty.")
+    policy_models: tuple[str, ...] = Field(default=(), description="Policy models; all if empty.")
+    focus: tuple[str, ...] = Field(
+        default=(), description="Only pairs with at least one of these models; all if empty."
+    )
+
+
 @step(version=1)
 def evaluate_variant(
     store: ArtifactStore,
@@ -50,7 +63,7 @@ def evaluate_variant(
     scoring: ScoringSummary | None = None,
 ) -> ArtifactRef:
     """Mismatch, agreement with Elo, spread of scores and score-length correlation of one variant."""
-    seen = read_view(store, scores, split, view)
+    seen = _read_view(store, scores, split, view)
     board = store.read_table(ratings, RATINGS)
     variant = ReportVariant(
         name=name,
@@ -114,7 +127,7 @@ def judge_truth(
             for model in sorted(found)
         ),
         accuracy=tuple(
-            VariantValue(variant=name, value=truth_accuracy(read_view(store, ref, split, view), quality))
+            VariantValue(variant=name, value=truth_accuracy(_read_view(store, ref, split, view), quality))
             for name, ref in scores
         ),
     )
@@ -133,8 +146,8 @@ def compare_variants(
 ) -> ArtifactRef:
     """Paired comparison of mean |MD|: the same resamples of prompts and draws of ratings for both variants."""
     comparison = compare_mismatch(
-        read_view(store, before[1], split, view),
-        read_view(store, after[1], split, view),
+        _read_view(store, before[1], split, view),
+        _read_view(store, after[1], split, view),
         store.read_table(ratings, RATINGS),
         config,
         view.focus,
@@ -156,3 +169,14 @@ def _score_quantiles(scores: pl.DataFrame) -> tuple[ScoreQuantiles, ...]:
         pl.col("score").quantile(level, "linear").alias(name) for name, level in _QUANTILES.items()
     )
     return tuple(ScoreQuantiles.model_validate(row) for row in grouped.sort("policy_model").to_dicts())
+
+
+def _read_view(store: ArtifactStore, scores: ArtifactRef, split: ArtifactRef | None, view: View) -> pl.DataFrame:
+    """The rows of a SCORES table that a view shows."""
+    table = store.read_table(scores, SCORES)
+    if split is not None and view.parts:
+        chosen = store.read_frame(split).filter(pl.col("part").is_in(view.parts))
+        table = table.join(chosen.select("prompt_id"), on="prompt_id", how="semi")
+    if view.policy_models:
+        table = table.filter(pl.col("policy_model").is_in(view.policy_models))
+    return table

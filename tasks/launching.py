@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
@@ -89,7 +89,7 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
             launch = job.work_dir / LAUNCH
             launch.write_text(Launch(training=job, parent=identify(os.getpid())).model_dump_json())
             curve = _CurveReader(job.work_dir / CURVE, on_step)
-            with open(job.work_dir / LOG, "a", encoding="utf-8") as log_file:
+            with (job.work_dir / LOG).open("a", encoding="utf-8") as log_file:
                 _run(
                     _training_command(launch, job.config),
                     _environment(job.config),
@@ -218,7 +218,7 @@ def _run(
 @contextmanager
 def _process_tree(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """A process in a group of its own; it and all its descendants have ended when the block is left."""
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603 - our own module, no shell
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -277,10 +277,8 @@ class _Family:
 
 
 def _send(signal_to: Callable[[], None]) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         signal_to()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _lines_of(process: subprocess.Popen[str]) -> "queue.Queue[str | None]":

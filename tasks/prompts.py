@@ -77,12 +77,20 @@ def split_responses(
 
 @step(version=1)
 def select_responses(
-    store: ArtifactStore, responses: ResponseSet, split: ArtifactRef, parts: tuple[str, ...]
+    store: ArtifactStore,
+    responses: ResponseSet,
+    split: ArtifactRef,
+    parts: tuple[str, ...],
+    policy_models: tuple[str, ...],
 ) -> ResponseSet:
-    """The responses to the prompts of some parts of the split."""
+    """The responses of some policy models to the prompts of some parts of the split."""
     chosen = store.read_frame(split).filter(pl.col("part").is_in(parts)).select("prompt_id")
-    kept = store.read_table(responses.responses, RESPONSES).join(chosen, on="prompt_id", how="semi")
-    prompts = store.read_table(responses.prompts, PROMPTS).join(chosen, on="prompt_id", how="semi")
+    kept = (
+        store.read_table(responses.responses, RESPONSES)
+        .join(chosen, on="prompt_id", how="semi")
+        .filter(pl.col("policy_model").is_in(policy_models))
+    )
+    prompts = store.read_table(responses.prompts, PROMPTS).join(kept, on="prompt_id", how="semi")
     return ResponseSet(
         prompts=store.write_table(prompts, PROMPTS),
         responses=store.write_table(kept, RESPONSES),

@@ -71,12 +71,15 @@ class PlainEngine:
         self._max_grad_norm = config.max_grad_norm
 
     def score(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Scores of a batch."""
         return cast(Tensor, self._network(**batch))
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002 - nothing to communicate
+        """Add gradients."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, rate_factor: float) -> float:
+        """Clip, then update the weights."""
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self._max_grad_norm).item()
         _set_learning_rates(self._optimizer, rate_factor)
@@ -87,12 +90,14 @@ class PlainEngine:
         return norm
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Weights and moments by name."""
         for name, parameter in _trained(self._network):
             yield name, WEIGHT, parameter.detach()
             for moment in MOMENTS:
                 yield name, moment, self._optimizer.state[parameter][moment]
 
     def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
+        """Set Adam's moments and step count."""
         for name, parameter in _trained(self._network):
             state = {moment: moments[name, moment].to(parameter.device) for moment in MOMENTS}
             self._optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
@@ -124,14 +129,17 @@ class ZeroEngine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def score(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Scores of a batch."""
         return cast(Tensor, self._engine(**batch))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add gradients."""
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over the ranks; the step's loss is the sum of their shares.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, rate_factor: float) -> float:
+        """Clip, then update the weights."""
         _set_learning_rates(self._engine.optimizer, rate_factor)
         if self._stage == 0:
             # Here DeepSpeed clips without keeping the norm.
@@ -143,6 +151,7 @@ class ZeroEngine:
         return float(self._engine.get_global_grad_norm())
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Weights and moments by name."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, parameter in _trained(self._engine.module):
@@ -156,6 +165,7 @@ class ZeroEngine:
                     yield name, moment, safe_get_full_optimizer_state(parameter, moment)
 
     def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
+        """Set Adam's moments and step count."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for weights in self._partitions():

@@ -6,8 +6,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from charm_core.errors import ModelError
+from charm_core.errors import ModelError, TrainingError
 from charm_core.reward_model.rendering import Rendered
 
 HEAD_NAMES = ("score", "classifier", "classifier.out_proj")
@@ -18,6 +19,7 @@ class Float32Head(nn.Linear):
     """A linear layer that computes in float32 whatever the type of its input and weights."""
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Apply the layer; float32 out."""
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.weight.float(), bias)
@@ -93,6 +95,35 @@ def replace_head(classifier: nn.Module, name: str) -> None:
     head = Float32Head(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
     head.weight, head.bias = old.weight, old.bias
     classifier.set_submodule(name, head)
+
+
+def freeze(network: RewardNetwork, trainable_layers: int | None) -> None:
+    """Leave only the last ``trainable_layers`` transformer layers and the head trainable.
+
+    Raises:
+        TrainingError: The network has fewer layers.
+    """
+    if trainable_layers is None:
+        return
+    layers = max((module for module in network.modules() if isinstance(module, nn.ModuleList)), key=len)
+    if trainable_layers > len(layers):
+        raise TrainingError(f"trainable_layers={trainable_layers}, but the model has {len(layers)} layers")
+    network.requires_grad_(False)
+    for layer in list(layers)[len(layers) - trainable_layers :]:
+        layer.requires_grad_(True)
+    network.classifier.get_submodule(network.head_name).requires_grad_(True)
+
+
+def checkpoint_gradients(network: RewardNetwork) -> None:
+    """Recompute layers in the backward pass.
+
+    transformers does so only for layers in training mode; their children stay in evaluation mode, without dropout.
+    """
+    classifier: Any = network.classifier
+    classifier.activation_checkpointing_enable()
+    for module in network.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def collate(texts: Sequence[Rendered], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:

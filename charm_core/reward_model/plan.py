@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -42,30 +43,16 @@ def prepare(pairs: pl.DataFrame, tokenizer: Any, spec: RewardModelSpec) -> Train
     _check_pairs(table)
     texts: list[Rendered] = []
     groups: dict[str, list[PairGroup]] = {"train": [], "held_out": []}
-    columns = ("prompt_id", "split", "prompt", "chosen", "rejected")
-    rows = list(enumerate(table.select(columns).iter_rows()))
-    start = 0
-    while start < len(rows):
-        prompt_id, split, prompt = rows[start][1][:3]
-        end = start
-        while end < len(rows) and rows[end][1][0] == prompt_id:
-            end += 1
+    rows = table.select("prompt_id", "split", "prompt", "chosen", "rejected").rows()
+    for prompt_id, numbered in groupby(enumerate(rows), key=lambda row: row[1][0]):
+        numbers, members = zip(*numbered, strict=True)
+        _, split, prompt = members[0][:3]
         known: dict[str, int] = {}
-        positions = []
-        for _, (_, _, _, chosen, rejected) in rows[start:end]:
-            sides = (chosen[0]["content"], rejected[0]["content"])
-            positions.append((known.setdefault(sides[0], len(known)), known.setdefault(sides[1], len(known))))
-        first = len(texts)
+        sides = [(row[3][0]["content"], row[4][0]["content"]) for row in members]
+        indices = tuple((known.setdefault(a, len(known)), known.setdefault(b, len(known))) for a, b in sides)
+        positions = tuple(range(len(texts), len(texts) + len(known)))
+        groups[split].append(PairGroup(prompt_id=prompt_id, texts=positions, pairs=indices, rows=numbers))
         texts.extend(render(tokenizer, prompt, response, spec) for response in known)
-        groups[split].append(
-            PairGroup(
-                prompt_id=prompt_id,
-                texts=tuple(range(first, len(texts))),
-                pairs=tuple(positions),
-                rows=tuple(range(start, end)),
-            )
-        )
-        start = end
     calibrated = table.select("chosen_calibrated", "rejected_calibrated").to_numpy()
     return TrainingData(
         texts=tuple(texts),
@@ -80,8 +67,9 @@ def prepare(pairs: pl.DataFrame, tokenizer: Any, spec: RewardModelSpec) -> Train
 def plan_steps(groups: Sequence[PairGroup], config: TrainingConfig) -> list[list[PairGroup]]:
     """Order the prompts and cut them into steps.
 
-    Every epoch takes the prompts in a new order, drawn from the seed. A step takes prompts as long as its pairs do not
-    exceed ``pairs_per_step``; a prompt with more pairs than that is a step of its own. The last step of an epoch may be short.
+    Every epoch takes the prompts in a new order, drawn from the seed, and is cut evenly into as many steps as
+    ``pairs_per_step`` makes it: a short last step would be a noisy one. No step has more pairs than that, but for a prompt
+    that has more by itself.
     A fraction of an epoch takes that share of the prompts, at least one.
 
     Args:
@@ -116,14 +104,20 @@ def learning_rate_factor(step: int, steps: int, config: TrainingConfig) -> float
 
 
 def _cut(groups: Sequence[PairGroup], pairs_per_step: int) -> list[list[PairGroup]]:
+    total = sum(len(group.pairs) for group in groups)
+    share = total / math.ceil(total / pairs_per_step)
     steps: list[list[PairGroup]] = []
-    pairs = 0
+    in_step = before = 0
     for group in groups:
-        if not steps or pairs + len(group.pairs) > pairs_per_step:
+        size = len(group.pairs)
+        # a prompt belongs to the step in whose share its middle lies
+        due = int((before + size / 2) / share) + 1
+        if not steps or (len(steps) < due and in_step) or in_step + size > pairs_per_step:
             steps.append([])
-            pairs = 0
+            in_step = 0
         steps[-1].append(group)
-        pairs += len(group.pairs)
+        in_step += size
+        before += size
     return steps
 
 

@@ -7,7 +7,7 @@ score of a text moves by less than 1e-5 with the batch that it is in.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from math import comb
 
 import polars as pl
@@ -149,6 +149,6 @@ def _ties(scores: pl.DataFrame) -> tuple[float | None, float | None]:
     for values in scores.group_by("prompt_id", maintain_order=True).agg(pl.col("score").sort())["score"].to_list():
         pairs += comb(len(values), 2)
         ties += sum(comb(len(list(same)), 2) for _, same in groupby(values))
-        gaps = [high - low for low, high in zip(values[:-1], values[1:], strict=True) if high > low]
+        gaps = [high - low for low, high in pairwise(values) if high > low]
         smallest = min([gap for gap in (smallest, *gaps) if gap is not None], default=None)
     return (ties / pairs if pairs else None), smallest

@@ -101,7 +101,15 @@ class TrainingConfig(BaseModel):
         description="Unit in which margins are compared; default: root mean square of the training margins.",
     )
     win_rate_temperature: float = Field(
-        default=0.3, gt=0, description="win_rate_matching only: temperature of soft wins, in margin scales."
+        default=0.3,
+        gt=0,
+        description="win_rate_matching only: temperature of the derivative of a win, in margin scales.",
+    )
+    win_rate_memory: int | None = Field(
+        default=None,
+        ge=1,
+        description="win_rate_matching only: prompts over which win rates are remembered, for small steps; "
+        "default: each step measures its own in a first pass.",
     )
     regression_weight: float = Field(
         default=0.1,

@@ -7,29 +7,27 @@ gives the same bytes, and a job that goes on from a checkpoint gives what an uni
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from charm_core.errors import ArtifactError, ConfigError, TableError, TrainingError
+from charm_core.errors import ConfigError, TableError, TrainingError
 from charm_core.reward_model.batching import PairGroup, share_out
 from charm_core.reward_model.checkpoints import load_checkpoint, save_checkpoint
 from charm_core.reward_model.engines import WEIGHT, Engine, PlainEngine, ZeroEngine
 from charm_core.reward_model.jobs import CurveRecord, TrainingJob, TrainingOutcome
-from charm_core.reward_model.loading import RewardModel, arithmetic_dtype, load_reward_model
+from charm_core.reward_model.loading import arithmetic_dtype, load_reward_model
 from charm_core.reward_model.losses import PairTargets, pair_losses, root_mean_square
-from charm_core.reward_model.network import RewardNetwork, collate
+from charm_core.reward_model.network import RewardNetwork, checkpoint_gradients, collate, freeze
 from charm_core.reward_model.plan import TrainingData, learning_rate_factor, plan_steps, prepare
+from charm_core.reward_model.ranks import Rank, Totals
 from charm_core.reward_model.rendering import Rendered
+from charm_core.reward_model.saving import save_model
 from charm_core.reward_model.win_rates import WinRateTargets
 from charm_core.reward_model.workdir import (
     CURVE,
@@ -44,78 +42,10 @@ from charm_core.tables import PAIRS, validate
 
 logger = logging.getLogger(__name__)
 
+MEMORY = ("win_rates", "sums")
+"""Name and kind of the remembered win rates in a checkpoint."""
+
 EVALUATION_KEYS = ("loss", "accuracy", "margin_mean")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rank:
-    """Which of the processes this is."""
-
-    number: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank writes the files."""
-        return self.number == 0
-
-    def barrier(self) -> None:
-        """Wait for the other ranks."""
-        if self.world_size > 1:
-            dist.barrier()
-
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over the ranks."""
-        if self.world_size > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.cpu()
-
-    def gather(self, values: list[str]) -> list[str]:
-        """The lists of all ranks, joined."""
-        if self.world_size == 1:
-            return values
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, values)
-        return [value for part in parts for value in part]
-
-
-@dataclass(kw_only=True)
-class Totals:
-    """Sums over pairs, and over tokens, of a step or an evaluation."""
-
-    loss: float = 0.0
-    accuracy: float = 0.0
-    margin: float = 0.0
-    score: float = 0.0
-    pairs: float = 0.0
-    tokens: float = 0.0
-    wins: Tensor | None = None
-    """For win_rate_matching, ``WinRateTargets.sums``."""
-
-    def add(self, losses: Tensor, chosen: Tensor, rejected: Tensor, tokens: int) -> None:
-        """Count one micro-batch. Equal scores count as half right."""
-        losses, chosen, rejected = (part.detach().double().cpu() for part in (losses, chosen, rejected))
-        self.loss += losses.sum().item()
-        self.accuracy += ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).sum().item()
-        self.margin += (chosen - rejected).sum().item()
-        self.score += (0.5 * (chosen + rejected)).sum().item()
-        self.pairs += len(losses)
-        self.tokens += tokens
-
-    def means(self, rank: Rank) -> dict[str, float]:
-        """Over all ranks: means per pair, and the numbers of pairs and tokens."""
-        sums = [self.loss, self.accuracy, self.margin, self.score, self.pairs, self.tokens]
-        loss, accuracy, margin, score, pairs, tokens = rank.total(torch.tensor(sums, dtype=torch.float64)).tolist()
-        return {
-            "loss": loss / pairs,
-            "accuracy": accuracy / pairs,
-            "margin_mean": margin / pairs,
-            "score_mean": score / pairs,
-            "pairs": int(pairs),
-            "tokens": int(tokens),
-        }
 
 
 def train(job: TrainingJob, rank: Rank) -> TrainingOutcome | None:
@@ -154,14 +84,16 @@ class _Trainer:
         self.done = rewind(job.work_dir) if rank.leads else 0
         self.done = int(rank.total(torch.tensor([float(self.done)], dtype=torch.float64)).item())
         self.model = load_reward_model(job.model, dtype=torch.float32, device=rank.device)
-        self.data = prepare(_read_pairs(job), self.model.tokenizer, self.model.spec)
+        self.pairs = validate(_read_table(job.pairs_path, "pairs"), PAIRS)
+        self.data = prepare(self.pairs, self.model.tokenizer, self.model.spec)
         self.steps = plan_steps(self.data.train, self.config)
         rows = [row for group in self.data.train for row in group.rows]
-        self.win_rates = _win_rate_targets(job)
+        self.win_rates = _win_rate_targets(job, self.pairs)
         self.scale = self.config.margin_scale or root_mean_square(torch.tensor(self.data.margins[rows]))
         self.filler = min(self.data.texts, key=lambda text: len(text.input_ids))
-        self.engine = self._make_engine(self.model.network)
-        # The engine's copy is the one that is trained; the rest of the model is not needed twice.
+        stored = load_checkpoint(job.work_dir, self.done) if self.done else {}
+        self.remembered = self._first_memory(stored)
+        self.engine = self._make_engine(self.model.network, stored)
         logger.info(
             "%d training pairs of %d prompts, %d held out; %d steps, %d done before",
             len(rows),
@@ -173,8 +105,8 @@ class _Trainer:
 
     def run(self) -> None:
         """All steps that are not done yet, with evaluations and checkpoints."""
-        if self.done == 0:
-            self._record({"step": 0} | self._evaluate()) if self.data.held_out else None
+        if self.done == 0 and self.data.held_out:
+            self._record({"step": 0} | self._evaluate())
         for index in range(self.done, len(self.steps)):
             started = time.monotonic()
             record = self._step(index)
@@ -206,8 +138,7 @@ class _Trainer:
         self.rank.barrier()
         return outcome
 
-    def _make_engine(self, network: RewardNetwork) -> Engine:
-        moments = load_checkpoint(self.job.work_dir, self.done) if self.done else {}
+    def _make_engine(self, network: RewardNetwork, moments: dict[tuple[str, str], Tensor]) -> Engine:
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 if (name, WEIGHT) in moments:
@@ -228,9 +159,10 @@ class _Trainer:
     def _step(self, index: int) -> CurveRecord:
         groups = self.steps[index]
         pairs = sum(len(group.pairs) for group in groups)
-        totals, broken = Totals(), []
+        totals = Totals()
+        broken: list[str] = []
         batches = self._share(groups)
-        slopes = self._win_rate_slopes(batches, pairs)
+        slopes = self._win_rate_slopes(groups, batches)
         for number, batch in enumerate(batches):
             losses = self._losses(batch, totals, slopes)
             if not torch.isfinite(losses).all():
@@ -241,19 +173,41 @@ class _Trainer:
         norm = self.engine.step(factor)
         if not math.isfinite(norm):
             self._stop_if_broken(index + 1, [group.prompt_id for group in groups], what="gradient")
+        self._remember(totals, len(groups))
         means = self._means(totals)
         return {"step": index + 1, "learning_rate": self.config.learning_rate * factor, "gradient_norm": norm} | means
 
-    def _win_rate_slopes(self, batches: Sequence[Sequence[PairGroup]], pairs: int) -> Tensor | None:
-        """For win_rate_matching, a first pass over the step without gradients: its win rates are needed before any gradient."""
+    def _win_rate_slopes(self, groups: Sequence[PairGroup], batches: Sequence[Sequence[PairGroup]]) -> Tensor | None:
+        """For win_rate_matching: how the loss changes with each pair's share of the win rates, times the step's pairs."""
         if self.win_rates is None:
             return None
-        totals = Totals()
-        with torch.no_grad():
-            for batch in batches:
-                self._losses(batch, totals)
+        sums = self.remembered
+        if sums is None:
+            totals = Totals()
+            with torch.no_grad():
+                for batch in batches:
+                    self._losses(batch, totals)
+            sums = self._win_sums(totals, self.win_rates)
+        rows = [row for group in groups for row in group.rows]
         # times the pairs, because the step's losses are divided by them
-        return pairs * self.win_rates.slopes(self._win_sums(totals, self.win_rates))
+        return len(rows) * self.win_rates.slopes(sums, self.win_rates.counts(rows))
+
+    def _remember(self, totals: Totals, prompts: int) -> None:
+        if self.win_rates is None or self.remembered is None or self.config.win_rate_memory is None:
+            return
+        kept = max(0.0, 1 - prompts / self.config.win_rate_memory)
+        self.remembered = kept * self.remembered + self._win_sums(totals, self.win_rates)
+
+    def _first_memory(self, stored: dict[tuple[str, str], Tensor]) -> Tensor | None:
+        """The win rates of the untouched reward model, weighted as ``win_rate_memory`` prompts; or those of the checkpoint."""
+        if self.win_rates is None or self.config.win_rate_memory is None:
+            return None
+        if MEMORY in stored:
+            return stored[MEMORY]
+        rows = [row for group in self.data.train for row in group.rows]
+        scores = self.pairs.select("chosen_score", "rejected_score")[rows].to_torch(dtype=pl.Float64)
+        wins = self.win_rates.wins(scores[:, 0], scores[:, 1], rows)
+        return self.win_rates.sums(wins, rows) * self.config.win_rate_memory / len(self.data.train)
 
     def _win_sums(self, totals: Totals, targets: WinRateTargets) -> Tensor:
         none = torch.zeros((2, targets.cells), dtype=torch.float64)
@@ -280,12 +234,13 @@ class _Trainer:
         totals.add(losses, scores[chosen], scores[rejected], sum(len(text.input_ids) for text in texts))
         if self.win_rates is None:
             return losses
-        wins = self.win_rates.wins(
-            scores[chosen], scores[rejected], rows, self.config.win_rate_temperature * self.scale
-        )
-        sums = self.win_rates.sums(wins, rows)
+        sums = self.win_rates.sums(self.win_rates.wins(scores[chosen], scores[rejected], rows), rows)
         totals.wins = sums if totals.wins is None else totals.wins + sums
-        return losses if slopes is None else losses + self.win_rates.linear_losses(wins, rows, slopes)
+        if slopes is None:
+            return losses
+        temperature = self.config.win_rate_temperature * self.scale
+        wins = self.win_rates.smooth_wins(scores[chosen], scores[rejected], rows, temperature)
+        return losses + self.win_rates.linear_losses(wins, rows, slopes)
 
     def _scores(self, texts: Sequence[Rendered]) -> Tensor:
         return self.engine.score(collate(texts, self.model.pad_token_id, self.rank.device))
@@ -304,12 +259,13 @@ class _Trainer:
 
     def _record(self, record: CurveRecord) -> None:
         if self.rank.leads:
-            with open(self.job.work_dir / CURVE, "a", encoding="utf-8") as curve:
+            with (self.job.work_dir / CURVE).open("a", encoding="utf-8") as curve:
                 curve.write(curve_line(record))
 
     def _checkpoint(self, step: int) -> None:
         kept = self.config.checkpoints_kept
-        save_checkpoint(self.engine.state(), step, self.job.work_dir, kept=kept, writes=self.rank.leads)
+        memory = [] if self.remembered is None else [(*MEMORY, self.remembered)]
+        save_checkpoint(chain(memory, self.engine.state()), step, self.job.work_dir, kept=kept, writes=self.rank.leads)
         self.rank.barrier()
 
     def _stop_if_broken(self, step: int, prompt_ids: list[str], *, what: str = "loss") -> None:
@@ -344,63 +300,6 @@ class _Trainer:
         )
 
 
-def freeze(network: RewardNetwork, trainable_layers: int | None) -> None:
-    """Leave only the last ``trainable_layers`` transformer layers and the head trainable.
-
-    Raises:
-        TrainingError: The network has fewer layers.
-    """
-    if trainable_layers is None:
-        return
-    stacks = [(name, module) for name, module in network.named_modules() if isinstance(module, torch.nn.ModuleList)]
-    name, layers = max(stacks, key=lambda stack: len(stack[1]))
-    if trainable_layers > len(layers):
-        raise TrainingError(f"trainable_layers={trainable_layers}, but the model has {len(layers)} layers")
-    network.requires_grad_(False)
-    for layer in list(layers)[len(layers) - trainable_layers :]:
-        layer.requires_grad_(True)
-    network.classifier.get_submodule(network.head_name).requires_grad_(True)
-
-
-def checkpoint_gradients(network: RewardNetwork) -> None:
-    """Recompute layers in the backward pass.
-
-    transformers does so only for layers in training mode; their children stay in evaluation mode, without dropout.
-    """
-    classifier: Any = network.classifier
-    classifier.activation_checkpointing_enable()
-    for module in network.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-
-
-def save_model(trained: dict[str, Tensor], job: TrainingJob) -> None:
-    """Write the fine-tuned model as a plain Hugging Face folder, under a temporary name that is renamed last.
-
-    Everything that was not trained comes from the original folder; weights are float32.
-
-    Raises:
-        ArtifactError: The folder cannot be written.
-    """
-    original: RewardModel = load_reward_model(job.model, dtype=torch.float32, device=torch.device("cpu"))
-    original.network.load_state_dict(trained, strict=False)
-    partial = job.output_dir.with_name(f"{job.output_dir.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        classifier: Any = original.network.classifier
-        classifier.save_pretrained(partial)
-        original.tokenizer.save_pretrained(partial)
-        shutil.rmtree(job.output_dir, ignore_errors=True)
-        partial.replace(job.output_dir)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ArtifactError(f"the trained model cannot be written to {job.output_dir}: {error}") from error
-
-
-def _read_pairs(job: TrainingJob) -> pl.DataFrame:
-    return _read_table(job.pairs_path, "pairs")
-
-
 def _read_table(path: Path, name: str) -> pl.DataFrame:
     try:
         return pl.read_parquet(path)
@@ -408,12 +307,12 @@ def _read_table(path: Path, name: str) -> pl.DataFrame:
         raise TableError(f"the {name} table {path} cannot be read as Parquet: {error}") from error
 
 
-def _win_rate_targets(job: TrainingJob) -> WinRateTargets | None:
+def _win_rate_targets(job: TrainingJob, pairs: pl.DataFrame) -> WinRateTargets | None:
     if job.config.objective != "win_rate_matching":
         return None
     if job.ratings_path is None:
         raise ConfigError("objective 'win_rate_matching' needs the policy models' ratings; give the job a ratings_path")
-    return WinRateTargets(validate(_read_pairs(job), PAIRS), _read_table(job.ratings_path, "ratings"))
+    return WinRateTargets(pairs, _read_table(job.ratings_path, "ratings"))
 
 
 def _pair_positions(batch: Sequence[PairGroup]) -> tuple[list[int], list[int], list[int]]:

@@ -52,7 +52,7 @@ def identity(job: TrainingJob) -> dict[str, object]:
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -73,7 +73,7 @@ def is_alive(process: ProcessIdentity) -> bool:
     """Whether it still runs; a zombie does not, nor does a later process with the same number."""
     try:
         found = psutil.Process(process.pid)
-        return abs(found.create_time() - process.started) < 2 and found.status() != psutil.STATUS_ZOMBIE
+        return bool(abs(found.create_time() - process.started) < 2 and found.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -83,9 +83,10 @@ def _train(job: TrainingJob) -> None:
     import torch.distributed as dist
     from transformers.utils import logging as transformers_logging
 
-    from charm_core.reward_model.training import Rank, train
+    from charm_core.reward_model.ranks import Rank
+    from charm_core.reward_model.training import train
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -118,7 +119,7 @@ def _score(job: ScoringJob) -> None:
 
     from charm_core.reward_model.scoring import score_responses
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
 
     def report(done: int, total: int) -> None:
         sys.stdout.write(f"{PROGRESS}{done} {total}\n")

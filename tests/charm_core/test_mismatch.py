@@ -16,7 +16,9 @@ from charm_core.mismatch import (
     empirical_win_rate,
     measure_mismatch,
     measure_preference_mismatch,
+    measure_win_rate_mismatch,
     mismatch_degree,
+    own_ratings,
 )
 from charm_core.mismatch_values import mismatch_replicates, mismatch_values, rated_group
 from charm_core.scores import score_matrix, score_outcomes
@@ -336,3 +338,81 @@ def test_an_unrated_model_is_an_error_with_the_nearest_names() -> None:
 def test_one_model_is_an_error() -> None:
     with pytest.raises(TableError, match="at least two policy models"):
         measure_mismatch(_scores(np.array([[1.0]])), _ratings([1000]), QUICK)
+
+
+@pytest.mark.parametrize("bias", [0.0, 15.0, 100.0])
+def test_the_interval_of_the_mean_absolute_mismatch_covers_the_truth(bias: float) -> None:
+    rng = np.random.default_rng(13)
+    ratings = np.linspace(1000, 1200, 5)
+    seen = ratings + np.array([bias, 0, 0, 0, 0])
+    pairs = np.array(list(combinations(range(5), 2))).T
+    degrees = mismatch_degree(win_probability(*seen[pairs]), win_probability(*ratings[pairs]))
+    truth, covered, trials = float(np.abs(degrees).mean()), 0, 60
+    for seed in range(trials):
+        values = rng.gumbel(size=(200, 5)) + seen * np.log(10) / 400
+        config = MismatchConfig(bootstrap_replicates=200, seed=seed)
+        estimate = measure_mismatch(_scores(values), _ratings(ratings.tolist()), config).mean_absolute_mismatch
+        covered += estimate.low <= truth + 1e-12 and truth <= estimate.high
+    # at 95 % fewer than 51 of 60 has a probability below 1 in 1,000
+    assert covered >= 51
+
+
+def test_focus_keeps_only_pairs_with_the_models_of_interest() -> None:
+    table, board = _scores(_drawn(4, 80, seed=9)), _ratings([1000, 1010, 1020, 1030])
+    everything, focused = (measure_mismatch(table, board, QUICK, focus=focus) for focus in ((), ("m3",)))
+    assert [(pair.model_a, pair.model_b) for pair in focused.pairs] == [("m0", "m3"), ("m1", "m3"), ("m2", "m3")]
+    values = {(pair.model_a, pair.model_b): pair.mismatch_degree.value for pair in everything.pairs}
+    assert all(pair.mismatch_degree.value == values[pair.model_a, pair.model_b] for pair in focused.pairs)
+    with pytest.raises(TableError, match=r"no scores for the policy models \[nobody\]"):
+        measure_mismatch(table, board, QUICK, focus=("nobody",))
+
+
+def test_own_ratings_are_the_reward_models_elo() -> None:
+    table, board = _scores(_drawn(3, 80, seed=10)), _ratings([1000, 1010, 1020], error=5.0)
+    own = own_ratings(table, board)
+    report = measure_mismatch(table, board, QUICK)
+    assert own["rating"].to_list() == pytest.approx([model.reward_model_rating for model in report.models])
+    assert own["rating_low"].null_count() == 3
+
+
+def _win_rates(*rows: tuple[str, str, float, float, int]) -> pl.DataFrame:
+    schema = {
+        "model_a": pl.String,
+        "model_b": pl.String,
+        "win_rate": pl.Float64,
+        "standard_error": pl.Float64,
+        "prompts": pl.Int64,
+    }
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def test_published_win_rates_keep_their_mean_and_standard_error() -> None:
+    table = _win_rates(("x", "base", 0.659, 0.015, 805), ("y", "base", 0.2, 0.01, 800))
+    names = ["base", "x", "y"]
+    report = measure_win_rate_mismatch(table, _ratings([1250, 1216, 1100], names), MismatchConfig())
+    by_name = {pair.model_a: pair for pair in report.pairs}
+    assert by_name["x"].win_rate.value == pytest.approx(0.659, abs=1e-6)
+    assert by_name["x"].win_rate.high - by_name["x"].win_rate.low == pytest.approx(2 * 1.96 * 0.015, rel=0.1)
+    assert by_name["y"].win_rate.high - by_name["y"].win_rate.low == pytest.approx(2 * 1.96 * 0.01, rel=0.1)
+    assert by_name["x"].flagged
+
+
+def test_a_published_win_rate_of_nearly_nothing_does_not_crash() -> None:
+    table = _win_rates(("x", "base", 0.002, 0.002, 800))
+    report = measure_win_rate_mismatch(table, _ratings([1250, 1000], ["base", "x"]), QUICK)
+    assert report.models[0].overvaluation.value > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("x", "b", 1.2, 0.1, 10)], "1 win rates are unusable.*1.2"),
+        ([("x", "b", 0.2, -0.1, 10)], "standard error is not negative"),
+        ([("x", "b", 0.2, 0.1, 1)], "at least two prompts"),
+        ([("x", "x", 0.2, 0.1, 10)], "two different models"),
+        ([("x", "b", 0.2, 0.1, 10), ("b", "x", 0.8, 0.1, 10)], "given in both orders"),
+    ],
+)
+def test_bad_win_rates(rows: list[tuple[str, str, float, float, int]], message: str) -> None:
+    with pytest.raises(TableError, match=message):
+        measure_win_rate_mismatch(_win_rates(*rows), _ratings([1000, 1000], ["b", "x"]), QUICK)

@@ -137,7 +137,7 @@ def test_a_workers_error_arrives_as_it_was(job, tmp_path, ranks):
     empty.mkdir()
     job = job.model_copy(update={"model": RewardModelSpec(path=str(empty))})
     job = changed(job, zero_stage=None if ranks is None else 3, ranks=ranks or "auto")
-    with pytest.raises(ModelError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         run_training(job)
 
 

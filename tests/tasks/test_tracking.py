@@ -1,5 +1,6 @@
 """MLflow: one run per flow run, with the right status, in a real SQLite store."""
 
+import json
 import os
 import signal
 import socket
@@ -245,12 +246,18 @@ class TestLogging:
             run.log_table(frame, "models.json")
             run.log_text("<html>ü</html>", "report.html")
 
-        info = logged(log).info
-        report = Path(client.download_artifacts(info.run_id, "report.html", str(tmp_path)))
-        assert report.read_text() == "<html>ü</html>"
-        table = client.load_table(info.experiment_id, "models.json", [info.run_id])
-        assert table["policy_model"].tolist() == ["a", "b"]
-        assert table["overvaluation"].tolist()[0] == 1.5
+        found = logged(log)
+        texts = {
+            name: Path(client.download_artifacts(found.info.run_id, name, str(tmp_path))).read_text()
+            for name in ("models.json", "report.html")
+        }
+        assert texts["report.html"] == "<html>ü</html>"
+        assert json.loads(texts["models.json"]) == {
+            "columns": ["policy_model", "overvaluation"],
+            "data": [["a", 1.5], ["b", None]],
+        }
+        # by this MLflow's pages know that it is a table
+        assert json.loads(found.data.tags["mlflow.loggedArtifacts"]) == [{"path": "models.json", "type": "table"}]
 
     def test_the_page_of_a_run(self, settings: TrackingSettings):
         with tracked_run(settings, "run", tags={}) as run:

@@ -10,9 +10,10 @@ from charm_core.reward_model.engines import parameter_groups
 from charm_core.reward_model.jobs import TrainingJob
 from charm_core.reward_model.loading import load_reward_model
 from charm_core.reward_model.plan import learning_rate_factor, plan_steps, prepare
+from charm_core.reward_model.ranks import Rank
 from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
-from charm_core.reward_model.training import Rank, train
+from charm_core.reward_model.training import train
 from charm_core.reward_model.workdir import read_curve
 from tests.charm_core.reward_model.tiny import pairs_table, save_model
 
@@ -262,7 +263,7 @@ def test_one_broken_prompt_is_named(job_of):
 def test_folders_that_cannot_be_written_are_errors(job_of, tmp_path):
     (tmp_path / "file").write_text("")
     job = job_of()
-    with pytest.raises(ArtifactError, match="work folder .* cannot be made"):
+    with pytest.raises(ArtifactError, match=r"work folder .* cannot be made"):
         train(job.model_copy(update={"work_dir": tmp_path / "file" / "work"}), HERE)
     with pytest.raises(ArtifactError, match="cannot be written"):
         train(job.model_copy(update={"output_dir": tmp_path / "file" / "model"}), HERE)

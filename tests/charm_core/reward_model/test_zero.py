@@ -9,8 +9,9 @@ import torch
 
 from charm_core.errors import WorkerLostError
 from charm_core.reward_model.jobs import TrainingJob
+from charm_core.reward_model.ranks import Rank
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
-from charm_core.reward_model.training import Rank, train
+from charm_core.reward_model.training import train
 from charm_core.reward_model.workdir import checkpoint_steps, read_curve
 from tasks.launching import run_training
 from tests.charm_core.reward_model.tiny import pairs_table, save_model
