@@ -4,6 +4,7 @@ python -m flows.calibrate --preset demo
 python -m flows.calibrate --config benchmarks/real/calibrate_minilm.toml
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def calibrate(run: CalibrationRun) -> Outcome:
             domains,
         )
         released = package_model(calibrated.model, report.card)
-        version = register_model(session.run, session.store, run.register_as or f"charm-{run.name}", released, report)
+        version = register_model(session.run, session.store, run.register_as or _registry_name(run.name), released, report)
         return finish(session, report, model=released, model_version=version)
 
 
@@ -242,6 +243,10 @@ def _warnings(scored: Scored, empty_responses: int) -> tuple[str, ...]:
     ]
     empty = [f"{empty_responses:,} responses are empty; they are scored like any other."] if empty_responses else []
     return tuple(cut + empty)
+
+
+def _registry_name(name: str) -> str:
+    return f"charm-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-')}"
 
 
 def start(run: CalibrationRun) -> str:

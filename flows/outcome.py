@@ -1,7 +1,6 @@
 """How a flow ends: provenance, metrics, files in MLflow, links in Prefect, a summary for the terminal."""
 
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,7 +44,9 @@ def describe_provenance(flow: str, run: BaseModel, **artifacts: ArtifactRef | No
     )
 
 
-def finish(session: Session, report: Report, **extra: Any) -> Outcome:
+def finish(
+    session: Session, report: Report, *, model: ArtifactRef | None = None, model_version: str | None = None
+) -> Outcome:
     """Log the report and its numbers, link it in Prefect, and say what came out.
 
     Runs on every flow run, cached steps or not: the numbers are read from what the steps returned.
@@ -59,6 +60,7 @@ def finish(session: Session, report: Report, **extra: Any) -> Outcome:
     session.run.log_text(data.model_dump_json(indent=1), "report.json")
     path = _local_path(report.html.uri)
     summary = summary_text(data)
+    registered = [f"Model    {model.uri}", f"         registered as {model_version}"] if model else []
     publish_link(
         f"{data.kind}-report", Path(path).as_uri() if path else report.html.uri, "Report", summary.splitlines()[0]
     )
@@ -67,8 +69,9 @@ def finish(session: Session, report: Report, **extra: Any) -> Outcome:
         report=report.html,
         data=report.data,
         tracking_url=session.run.url,
-        summary=f"{summary}\n\nReport   {path or report.html.uri}\n{_pages(session)}",
-        **extra,
+        model=model,
+        model_version=model_version,
+        summary="\n".join([summary, f"Report   {path or report.html.uri}", *registered, *_pages(session)]),
     )
 
 
@@ -112,8 +115,8 @@ def _local_path(uri: str) -> str | None:
     return uri if not urlsplit(uri).scheme else None
 
 
-def _pages(session: Session) -> str:
+def _pages(session: Session) -> tuple[str, ...]:
     return (
-        f"MLflow   {session.run.url}  (`make mlflow-ui` opens the pages)\n"
-        f"Prefect  `make prefect-ui`, then http://127.0.0.1:4200/runs"
+        f"MLflow   {session.run.url}  (`make mlflow-ui` opens the pages)",
+        "Prefect  http://127.0.0.1:4200/runs  (`make prefect-ui` opens the pages)",
     )

@@ -25,9 +25,9 @@ def register_model(run: TrackedRun, store: ArtifactStore, name: str, released: A
     """Register a released model as a version in the MLflow registry; the same content is registered once.
 
     Returns:
-        The version.
+        Its URI in the registry, such as ``models:/charm-demo/3``.
     """
     with store.local_folder(released) as folder:
         source = run.log_folder(folder, "model")
     tags = {"digest": released.digest, "report": report.html.digest, "store_uri": released.uri}
-    return register_version(run, name, source, tags)
+    return f"models:/{name}/{register_version(run, name, source, tags)}"

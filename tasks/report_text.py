@@ -145,6 +145,10 @@ def summary_text(data: ReportData, top: int = 5) -> str:
     ]
     parts.append(f"most overvalued by the {first.name} reward model, in Elo points")
     parts.append(_aligned([["policy model", "overvaluation", ""], *rows]))
+    if data.truth is not None:
+        accuracy = [[value.variant, _estimate(value.value, 3)] for value in data.truth.accuracy]
+        parts.append("accuracy against the simulation's truth, held-out prompts")
+        parts.append(_aligned([["reward model", "right"], *accuracy]))
     parts.extend(data.notes)
     parts.extend(f"warning: {warning}" for warning in data.warnings)
     return "\n\n".join(parts) + "\n"

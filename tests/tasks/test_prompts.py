@@ -59,7 +59,7 @@ def test_the_steps_of_a_flow_and_their_records(store: ArtifactStore, tmp_path: P
     def prepare(file: SourceFile) -> tuple[ResponseSet, ResponseSet]:
         loaded = load_responses(file, ResponsesConfig(source=file.path), None)
         split = split_responses(loaded, SplitConfig(), None)
-        return loaded, select_responses(loaded, split, (HELD_OUT,))
+        return loaded, select_responses(loaded, split, (HELD_OUT,), ("a", "b"))
 
     everything, held_out = prepare(source(tmp_path, "responses.parquet", table()))
     assert (everything.policy_models, everything.empty_responses, everything.responses.rows) == (("a", "b"), 2, 80)
@@ -74,14 +74,23 @@ def test_the_steps_of_a_flow_and_their_records(store: ArtifactStore, tmp_path: P
 def test_selecting_all_parts_is_selecting_everything(store: ArtifactStore, tmp_path: Path):
     loaded = load(store, source(tmp_path, "responses.parquet", table()))
     split = split_responses.function(store, loaded, SplitConfig(), None)
-    assert select_responses.function(store, loaded, split, (CALIBRATION, HELD_OUT)) == loaded
+    assert select_responses.function(store, loaded, split, (CALIBRATION, HELD_OUT), ("a", "b")) == loaded
+
+
+def test_selecting_policy_models_leaves_out_prompts_that_only_others_answered(store: ArtifactStore, tmp_path: Path):
+    only_b = table().filter((pl.col("policy_model") == "b") | (pl.col("prompt_id") != "p 00"))
+    loaded = load(store, source(tmp_path, "responses.parquet", only_b))
+    split = split_responses.function(store, loaded, SplitConfig(), None)
+    chosen = select_responses.function(store, loaded, split, (CALIBRATION, HELD_OUT), ("a",))
+    assert (chosen.policy_models, chosen.prompts.rows, chosen.responses.rows) == (("a",), 39, 39)
+    assert chosen.empty_responses == 0
 
 
 def test_selecting_a_part_that_does_not_exist_is_an_error(store: ArtifactStore, tmp_path: Path):
     loaded = load(store, source(tmp_path, "responses.parquet", table()))
     split = split_responses.function(store, loaded, SplitConfig(), None)
     with pytest.raises(TableError, match=r"no rows"):
-        select_responses.function(store, loaded, split, ("elsewhere",))
+        select_responses.function(store, loaded, split, ("elsewhere",), ("a", "b"))
 
 
 def test_ids_with_spaces_that_the_model_was_trained_on_are_never_held_out(store: ArtifactStore, tmp_path: Path):
