@@ -34,7 +34,7 @@ def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
 def report_progress(stage: str) -> Iterator[Callable[[int, int], None]]:
     """A progress artifact for the current run; yields a function of (done, total)."""
     if not (FlowRunContext.get() or TaskRunContext.get()):
-        yield lambda done, total: None
+        yield lambda _done, _total: None
         return
     artifact = cast(UUID, create_progress_artifact(progress=0.0, key=_key(stage), description=stage))
     last = time.monotonic()

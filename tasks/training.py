@@ -66,7 +66,7 @@ class TrainedModel(BaseModel):
     summary: TrainingSummary
 
 
-def _worker_was_lost(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+def _worker_was_lost(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Only a process that was killed from outside is worth another try; it goes on from its last checkpoint."""
     return isinstance(state.result(raise_on_failure=False), WorkerLostError)
 
@@ -143,7 +143,7 @@ def _live_curve(name: str) -> Iterator[Any]:
     """Log the curve while training runs, to a nested run of the flow's MLflow run if there is one."""
     parent = current_run()
     if parent is None:
-        yield lambda record: None
+        yield lambda _record: None
         return
     with parent.nested(name) as run:
         waiting: list[dict[str, Any]] = []

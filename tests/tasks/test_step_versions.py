@@ -188,7 +188,18 @@ def test_every_step_has_a_golden_or_a_reason():
     names = {name.split(" ")[0] for name in GOLDEN}
     steps = {
         value.name
-        for module in (arena, benchmarking, debiasing, evaluation, evidence, prompts, registry, scoring, simulation, training)
+        for module in (
+            arena,
+            benchmarking,
+            debiasing,
+            evaluation,
+            evidence,
+            prompts,
+            registry,
+            scoring,
+            simulation,
+            training,
+        )
         for value in vars(module).values()
         if isinstance(value, Step)
     }

@@ -1,0 +1,189 @@
+"""The main job end to end, on real parts, in a simulated arena that is as small as it can be."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import psutil
+import pytest
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+from charm_core.mismatch import MismatchConfig
+from charm_core.offsets import OffsetConfig
+from charm_core.preferences import PreferenceConfig
+from charm_core.responses import SplitConfig
+from charm_core.reward_model.loading import load_reward_model
+from charm_core.reward_model.scoring import score_responses
+from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
+from charm_core.simulation import HELD_OUT_WRITERS, SimulationConfig
+from charm_core.tables import PROMPTS, RESPONSES
+from flows.calibrate import calibrate
+from flows.command_line import settings_toml
+from flows.outcome import Outcome
+from flows.runs import CalibrationRun
+from flows.settings import CHECKOUT, RuntimeSettings
+from tasks.report_data import ReportData
+from tasks.simulation import SimulatedWorld
+
+TINY = CalibrationRun(
+    name="tiny",
+    simulation=SimulatedWorld(
+        arena=SimulationConfig(prompts=40, label_prompts=30, battles=2000),
+        base_training=TrainingConfig(
+            epochs=1, learning_rate=1e-3, pairs_per_step=90, zero_stage=None, threads_per_rank=1
+        ),
+    ),
+    split=SplitConfig(held_out_policy_models=HELD_OUT_WRITERS),
+    mismatch=MismatchConfig(bootstrap_replicates=100),
+    calibration=OffsetConfig(bootstrap_replicates=20),
+    preferences=PreferenceConfig(strategy="all_pairs"),
+    training=TrainingConfig(
+        objective="win_rate_matching", learning_rate=5e-4, pairs_per_step=200, ranks=2, zero_stage=3
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, prefect_session: None) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHARM_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def first(home: Path) -> Outcome:
+    return calibrate(TINY)
+
+
+def ran(run: CalibrationRun) -> tuple[Outcome, set[str]]:
+    """Run and say which steps did not come from the cache."""
+    state = calibrate(run, return_state=True)
+    with get_client(sync_client=True) as client:
+        runs = client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id])), limit=200
+        )
+    fresh = {re.sub(r"-[0-9a-f]{3}$", "", run.name) for run in runs if run.state_name != "Cached"}
+    return state.result(), fresh
+
+
+def mlflow_runs(home: Path) -> list:
+    client = MlflowClient(RuntimeSettings().tracking().uri)
+    experiment = client.get_experiment_by_name("charm")
+    return client.search_runs([experiment.experiment_id])
+
+
+def test_it_ends_with_a_report_a_model_and_a_registered_version(first: Outcome, home: Path):
+    data = ReportData.model_validate_json(Path(first.data.uri).read_bytes())
+    assert [domain.label for domain in data.domains] == ["held-out prompts", "held-out policy models"]
+    assert [variant.name for variant in data.main.variants] == ["untouched", "offsets", "control", "calibrated"]
+    assert {model.policy_model for model in data.main.variants[0].mismatch.models}.isdisjoint(HELD_OUT_WRITERS)
+    pairs = data.domains[1].variants[0].mismatch.pairs
+    assert all({pair.model_a, pair.model_b} & set(HELD_OUT_WRITERS) for pair in pairs)
+    assert data.truth is not None
+    assert data.pairs is not None
+    assert data.pairs.flipped > 0
+    assert "This is a simulation" in Path(first.report.uri).read_text()
+    assert first.model_version == "models:/charm-tiny/1"
+
+
+def test_the_released_folder_is_plain_hugging_face_and_scores_the_same(first: Outcome, home: Path):
+    assert first.model is not None
+    folder = Path(first.model.uri)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert not list(folder.glob("*.bin"))
+    assert "mean |MD|" in (folder / "README.md").read_text()
+    spec = RewardModelSpec(path=str(folder), max_length=TINY.simulation.max_length)
+    assert load_reward_model(spec).network is not None
+    data = ReportData.model_validate_json(Path(first.data.uri).read_bytes())
+    held_out = next(item.digest for item in data.provenance.digests if item.name == "held out responses")
+    responses = pl.read_parquet(next((home / "store" / "responses").rglob(f"{held_out}.parquet")))
+    prompts = pl.concat([pl.read_parquet(path) for path in (home / "store" / "prompts").rglob("*.parquet")]).unique(
+        subset="prompt_id"
+    )
+    again = score_responses(
+        spec, prompts.select(list(PROMPTS.columns)), responses.select(list(RESPONSES.columns))
+    ).scores
+    quantiles = {row.policy_model: row.median for row in data.domains[1].variants[-1].score_quantiles}
+    medians = dict(again.group_by("policy_model").agg(pl.col("score").median()).iter_rows())
+    assert quantiles == pytest.approx(medians, abs=1e-5)
+
+
+def test_a_second_run_is_cached_in_every_step_and_has_its_metrics_all_the_same(first: Outcome, home: Path):
+    before = mlflow_runs(home)
+    again, fresh = ran(TINY)
+    assert fresh == set()
+    assert again.report == first.report
+    assert again.model_version == first.model_version
+    runs = [run for run in mlflow_runs(home) if run.info.run_id not in {old.info.run_id for old in before}]
+    parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    original = next(run for run in before if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.info.status == original.info.status == "FINISHED"
+    assert parent.data.metrics == original.data.metrics
+    assert len(parent.data.metrics) > 30
+    nested = {run.info.run_name: run for run in runs if "mlflow.parentRunId" in run.data.tags}
+    assert {"calibrated", "control"} <= set(nested)
+    assert nested["calibrated"].data.metrics["loss"] == pytest.approx(
+        next(run for run in before if run.info.run_name == "calibrated").data.metrics["loss"]
+    )
+
+
+def test_one_changed_setting_runs_only_what_depends_on_it(first: Outcome, home: Path):
+    changed = TINY.model_copy(update={"mismatch": MismatchConfig(bootstrap_replicates=120)})
+    _, fresh = ran(changed)
+    assert fresh <= {"evaluate_variant", "compare_variants", "judge_truth", "compose_report", "package_model"}
+    assert {"evaluate_variant", "compare_variants"} <= fresh
+
+
+@pytest.mark.parametrize("damage", ["delete", "corrupt"])
+def test_a_lost_file_is_made_again_by_its_step_and_no_other(first: Outcome, home: Path, damage: str):
+    data = ReportData.model_validate_json(Path(first.data.uri).read_bytes())
+    digest = next(item.digest for item in data.provenance.digests if item.name == "offsets")
+    path = next((home / "store" / "offsets").rglob(f"{digest}.json"))
+    good = path.read_bytes()
+    path.unlink() if damage == "delete" else path.write_bytes(good[: len(good) // 2])
+    again, fresh = ran(TINY)
+    assert fresh == {"fit_model_offsets"}
+    assert path.read_bytes() == good
+    assert again.report == first.report
+
+
+def test_ctrl_c_ends_the_training_processes_and_closes_the_run(tmp_path: Path):
+    environment = {**os.environ, "CHARM_HOME": str(tmp_path / "home"), "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment.pop("PREFECT_API_URL", None)
+    settings = tmp_path / "run.toml"
+    long = TINY.model_copy(update={"training": TINY.training.model_copy(update={"epochs": 500.0})})
+    settings.write_text(settings_toml(long))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.calibrate", "--config", str(settings)],
+        cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3 of" in line and "train_reward_model" in line and "500" not in line.split("step")[0]:
+            steps = int(re.search(r"step 3 of (\d+)", line)[1])
+            if steps > 100:  # the fine-tuning, not the simulation's own training
+                break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("charm_core.reward_model.worker" in " ".join(child.cmdline()) for child in children)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output[-2000:]
+    deadline = time.monotonic() + 20
+    while any(child.is_running() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not [child for child in children if child.is_running()]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'home' / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("charm").experiment_id])
+    assert {run.info.status for run in runs if "mlflow.parentRunId" not in run.data.tags} == {"KILLED"}
+    assert "RUNNING" not in {run.info.status for run in runs}
