@@ -29,7 +29,7 @@ class Rank:
     def total(self, values: Tensor) -> Tensor:
         """Sum over the ranks."""
         if self.world_size > 1:
-            values = values.to(self.device)
+            values = values.to(self.device, copy=True)  # all_reduce writes into its argument
             dist.all_reduce(values)
         return values.cpu()
 
