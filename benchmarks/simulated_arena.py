@@ -4,7 +4,7 @@ Every seed draws its own writers, words, texts, votes and labels, trains its own
 the real parts: our Bradley-Terry ratings, offsets, preference pairs, ZeRO-3 training on two ranks. Judged on prompts that
 the calibration never saw, on all nine writers and on the pairs with one of the two held-out writers.
 
-    python -m benchmarks.simulated_arena                        # three seeds, about 8 minutes on 2 cores
+    python -m benchmarks.simulated_arena                        # three seeds, about 4 minutes on 2 cores
     python -m benchmarks.simulated_arena --seeds 0 1 2 3 4 --recipes calibrated "margin regression" paper
     python -m benchmarks.simulated_arena --style-variation 1    # styles that are less a trait of the writer
 

@@ -13,11 +13,11 @@ variation of the writers; beside-the-point facts are wrong only given the prompt
 imperfectly; offsets are fitted per writer although the bias is a matter of each text.
 
 What it is not: language. Quality is a count of words, the bias is linear in a count of words, a writer's responses to
-all prompts come from one distribution, and people agree on what is good up to noise. One assumption decides how much of
-the bias fine-tuning can remove: how far a style is a trait of a writer rather than of a single response. With the
-default ``style_variation`` about three quarters of the variance of flourishes lies between writers; offsets per writer
-say nothing about the rest. Results here show that the parts work together and do what they claim where the truth is
-known; they say nothing about the size of a gain on real data.
+all prompts come from one distribution, and people agree on what is good up to noise. One assumption matters for what
+fine-tuning on single responses can learn: how far a style is a trait of a writer rather than of a response. With the
+default ``style_variation`` about three quarters of the variance of flourishes lies between writers, at 1.0 about half;
+offsets per writer say nothing about the rest. Results here show that the parts work together and do what they claim
+where the truth is known; they say nothing about the size of a gain on real data.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ from prefect import flow
 
 from flows.command_line import run_from_command_line
 from flows.outcome import Outcome, describe_provenance, finish
+from flows.presets import AUDIT, demo_audit
 from flows.runs import AuditRun
 from flows.session import check_services, open_session
 from flows.sources import gather_sources, rated
@@ -25,6 +26,9 @@ from tasks.store import ArtifactRef, source_file
 
 ALL = View(label="all prompts")
 
+DEMO = demo_audit()
+"""What a deployment runs if nothing else is asked for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
@@ -35,7 +39,7 @@ class _Measured:
 
 
 @flow(name="audit", flow_run_name="audit {run.name}")
-def audit(run: AuditRun) -> Outcome:
+def audit(run: AuditRun = DEMO) -> Outcome:
     """Measure where a reward model, or a judge, disagrees with the Arena's human ratings."""
     with open_session("audit", run.name, run) as session:
         measured = _measure(run)
@@ -103,6 +107,4 @@ def start(run: AuditRun) -> str:
 
 
 if __name__ == "__main__":
-    from flows.presets import AUDIT
-
     sys.exit(run_from_command_line("audit", AuditRun, AUDIT, start))

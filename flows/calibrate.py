@@ -16,6 +16,7 @@ from charm_core.responses import CALIBRATION, HELD_OUT, HELD_OUT_DOMAIN
 from charm_core.selection import Selection
 from flows.command_line import run_from_command_line
 from flows.outcome import Outcome, describe_provenance, finish
+from flows.presets import CALIBRATE, demo
 from flows.runs import CalibrationRun
 from flows.session import Session, check_services, open_session
 from flows.sources import Sources, gather_sources
@@ -31,6 +32,9 @@ from tasks.report_text import mismatch_markdown
 from tasks.scoring import Scored, score_responses
 from tasks.store import ArtifactRef
 from tasks.training import TrainedModel, log_training, ratings_for, train_reward_model
+
+DEMO = demo()
+"""What a deployment runs if nothing else is asked for."""
 
 COMPARED: tuple[tuple[VariantName, VariantName], ...] = (
     ("untouched", "calibrated"),
@@ -61,7 +65,7 @@ class _Correction:
 
 
 @flow(name="calibrate", flow_run_name="calibrate {run.name}")
-def calibrate(run: CalibrationRun) -> Outcome:
+def calibrate(run: CalibrationRun = DEMO) -> Outcome:
     """Calibrate a reward model with the Arena's human ratings, and prove what it did."""
     with open_session("calibrate", run.name, run) as session:
         sources = gather_sources(run.simulation, run.arena, run.responses, run.reward_model)
@@ -256,6 +260,4 @@ def start(run: CalibrationRun) -> str:
 
 
 if __name__ == "__main__":
-    from flows.presets import CALIBRATE
-
     sys.exit(run_from_command_line("calibrate", CalibrationRun, CALIBRATE, start))
