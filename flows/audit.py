@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prefect import flow
 
 from flows.command_line import run_from_command_line
-from flows.outcome import Outcome, describe_provenance, finish
+from flows.outcome import Outcome, Used, describe_provenance, finish
 from flows.presets import AUDIT, demo_audit
 from flows.runs import AuditRun
 from flows.session import check_services, open_session
@@ -51,6 +51,8 @@ def audit(run: AuditRun = DEMO) -> Outcome:
             if measured.scores and run.offset_splits
             else None
         )
+        inputs = {"ratings": measured.board.ratings, **({"scores": measured.scores} if measured.scores else {})}
+        used = Used(inputs=inputs, outputs={"evidence": measured.evidence})
         composed = compose_report(
             ReportParts(
                 kind="audit",
@@ -61,10 +63,10 @@ def audit(run: AuditRun = DEMO) -> Outcome:
                 domains=(DomainParts(label=ALL.label, variants=(measured.evidence,)),),
                 selection=selection,
                 notes=(correction.sentence(),) if correction else (),
-                provenance=describe_provenance("audit", run, ratings=measured.board.ratings, scores=measured.scores),
+                provenance=describe_provenance("audit", run, used),
             )
         )
-        return finish(session, composed)
+        return finish(session, composed, used)
 
 
 def _measure(run: AuditRun) -> _Measured:

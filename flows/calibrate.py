@@ -15,13 +15,21 @@ from charm_core.errors import ConfigError
 from charm_core.responses import CALIBRATION, HELD_OUT, HELD_OUT_DOMAIN
 from charm_core.selection import Selection
 from flows.command_line import run_from_command_line
-from flows.outcome import Outcome, describe_provenance, finish
+from flows.outcome import Outcome, Used, describe_provenance, finish
 from flows.presets import CALIBRATE, demo
 from flows.runs import CalibrationRun
 from flows.session import Session, check_services, open_session
 from flows.sources import Sources, gather_sources
 from tasks.benchmarking import run_benchmarks
-from tasks.debiasing import PairSet, build_pairs, choose_models, fit_model_offsets, offset_scores, rate_by_scores
+from tasks.debiasing import (
+    ChosenModels,
+    PairSet,
+    build_pairs,
+    choose_models,
+    fit_model_offsets,
+    offset_scores,
+    rate_by_scores,
+)
 from tasks.evaluation import View, compare_variants, evaluate_variant, judge_truth
 from tasks.evidence import CurveParts, DomainParts, Report, ReportParts, compose_report
 from tasks.prompts import ResponseSet, select_responses, split_responses
@@ -81,19 +89,16 @@ def calibrate(run: CalibrationRun = DEMO) -> Outcome:
             "calibrated": score_responses(calibrated.model, split.unseen),
         }
         domains = tuple(_judge(run, sources, scored, split, view) for view in _judged_views(run, split))
-        report = _report(
-            run,
-            sources,
-            split,
-            scored_seen,
-            correction,
-            {"calibrated": calibrated, "control": control},
-            scored,
-            domains,
-        )
+        trained: dict[VariantName, TrainedModel] = {"calibrated": calibrated, "control": control}
+        used = _used(sources, split, scored_seen, correction, trained)
+        warnings = _warnings(scored_seen, split.seen.empty_responses)
+        truth = _truth(run, sources, scored, correction.mismatch, split)
+        report = _report(run, sources, correction, trained, domains, used, warnings, truth)
         released = package_model(calibrated.model, report.card)
-        version = register_model(session.run, session.store, run.register_as or _registry_name(run.name), released, report)
-        return finish(session, report, model=released, model_version=version)
+        version = register_model(
+            session.run, session.store, run.register_as or _registry_name(run.name), released, report
+        )
+        return finish(session, report, used, model=released, model_version=version)
 
 
 def _hold_out(run: CalibrationRun, sources: Sources) -> _Split:
@@ -119,13 +124,14 @@ def _correct(session: Session, run: CalibrationRun, sources: Sources, split: _Sp
         "mismatch", mismatch_markdown(report), "Mismatch of the untouched reward model, calibration prompts"
     )
     selection = choose_models(mismatch, run.selection)
-    offsets = fit_model_offsets(scored.scores, ratings, selection, run.calibration)
+    chosen = ChosenModels.of(selection)
+    offsets = fit_model_offsets(scored.scores, ratings, chosen.references, run.calibration)
     return _Correction(
         mismatch=mismatch,
         selection=selection,
         offsets=offsets,
-        pairs=build_pairs(split.seen, scored.scores, offsets, selection, run.preferences),
-        control_pairs=build_pairs(split.seen, scored.scores, None, selection, run.preferences),
+        pairs=build_pairs(split.seen, scored.scores, offsets, chosen, run.preferences),
+        control_pairs=build_pairs(split.seen, scored.scores, None, chosen, run.preferences),
     )
 
 
@@ -182,12 +188,12 @@ def _judge(
 def _report(
     run: CalibrationRun,
     sources: Sources,
-    split: _Split,
-    scored_seen: Scored,
     correction: _Correction,
     trained: Mapping[VariantName, TrainedModel],
-    scored: Mapping[VariantName, Scored],
     domains: tuple[DomainParts, ...],
+    used: Used,
+    warnings: tuple[str, ...],
+    truth: ArtifactRef | None,
 ) -> Report:
     models = {name: model.model for name, model in trained.items()}
     return compose_report(
@@ -203,22 +209,35 @@ def _report(
             pairs=correction.pairs.summary,
             curves=tuple(CurveParts(variant=name, label=name, curve=model.curve) for name, model in trained.items()),
             benchmarks=run_benchmarks(run.benchmarks, {"untouched": sources.reward_model, **models}),
-            truth=_truth(run, sources, scored, correction.mismatch, split),
-            warnings=_warnings(scored_seen, split.seen.empty_responses),
-            provenance=describe_provenance(
-                "calibrate",
-                run,
-                ratings=sources.board.ratings,
-                calibration_responses=split.seen.responses,
-                held_out_responses=split.unseen.responses,
-                split=split.parts,
-                scores=scored_seen.scores,
-                offsets=correction.offsets,
-                pairs=correction.pairs.pairs,
-                control_pairs=correction.control_pairs.pairs,
-                **{f"{name}_model": model.folder for name, model in models.items()},
-            ),
+            truth=truth,
+            warnings=warnings,
+            provenance=describe_provenance("calibrate", run, used),
         )
+    )
+
+
+def _used(
+    sources: Sources,
+    split: _Split,
+    scored_seen: Scored,
+    correction: _Correction,
+    trained: Mapping[VariantName, TrainedModel],
+) -> Used:
+    models = {f"{name} model": model.model.folder for name, model in trained.items()}
+    return Used(
+        inputs={
+            "ratings": sources.board.ratings,
+            "calibration responses": split.seen.responses,
+            "held out responses": split.unseen.responses,
+            "split": split.parts,
+        },
+        outputs={
+            "scores": scored_seen.scores,
+            "offsets": correction.offsets,
+            "pairs": correction.pairs.pairs,
+            "control pairs": correction.control_pairs.pairs,
+            **{name: folder for name, folder in models.items() if folder is not None},
+        },
     )
 
 

@@ -1,14 +1,18 @@
 """How a flow ends: provenance, metrics, files in MLflow, links in Prefect, a summary for the terminal."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.command_line import settings_toml
 from flows.session import Session
 from tasks.evidence import Report
-from tasks.publishing import publish_link, publish_markdown
+from tasks.publishing import publish_link, publish_markdown, publish_table
 from tasks.report_data import InputDigest, Provenance, ReportData, ReportDomain
 from tasks.report_text import summary_text
 from tasks.reporting import figures_for_tracking
@@ -29,7 +33,15 @@ class Outcome(BaseModel):
     summary: str = Field(description="The result in a few lines.")
 
 
-def describe_provenance(flow: str, run: BaseModel, **artifacts: ArtifactRef | None) -> Provenance:
+@dataclass(frozen=True, kw_only=True)
+class Used:
+    """What a run read and what it made, by name."""
+
+    inputs: Mapping[str, ArtifactRef]
+    outputs: Mapping[str, ArtifactRef]
+
+
+def describe_provenance(flow: str, run: BaseModel, used: Used) -> Provenance:
     """Everything that someone needs to get the same numbers again."""
     return Provenance(
         command=f"python -m flows.{flow} --config run.toml",
@@ -37,15 +49,14 @@ def describe_provenance(flow: str, run: BaseModel, **artifacts: ArtifactRef | No
         git_revision=git_revision(),
         versions=tuple(package_versions().items()),
         digests=tuple(
-            InputDigest(name=name.replace("_", " "), digest=ref.digest, rows=ref.rows)
-            for name, ref in artifacts.items()
-            if ref is not None
+            InputDigest(name=name, digest=ref.digest, rows=ref.rows)
+            for name, ref in {**used.inputs, **used.outputs}.items()
         ),
     )
 
 
 def finish(
-    session: Session, report: Report, *, model: ArtifactRef | None = None, model_version: str | None = None
+    session: Session, report: Report, used: Used, *, model: ArtifactRef | None = None, model_version: str | None = None
 ) -> Outcome:
     """Log the report and its numbers, link it in Prefect, and say what came out.
 
@@ -54,6 +65,9 @@ def finish(
     data = session.store.read_record(report.data, ReportData)
     html = session.store.read_bytes(report.html).decode()
     session.run.log_metrics(_metrics(data))
+    session.run.log_datasets(used.inputs, "input")
+    session.run.log_datasets(used.outputs, "output")
+    session.run.log_table(_overvaluation_table(data), "overvaluation.json")
     session.run.log_text(html, "report.html")
     for name, figure in figures_for_tracking(data).items():
         session.run.log_text(figure.decode(), f"figures/{name}")
@@ -64,6 +78,7 @@ def finish(
     publish_link(
         f"{data.kind}-report", Path(path).as_uri() if path else report.html.uri, "Report", summary.splitlines()[0]
     )
+    publish_table(f"{data.kind}-variants", _variant_table(data), "Mismatch of every variant on every held-out domain")
     publish_markdown(f"{data.kind}-summary", f"```\n{summary}\n```", "Summary")
     return Outcome(
         report=report.html,
@@ -73,6 +88,41 @@ def finish(
         model_version=model_version,
         summary="\n".join([summary, f"Report   {path or report.html.uri}", *registered, *_pages(session)]),
     )
+
+
+def _overvaluation_table(data: ReportData) -> pl.DataFrame:
+    return pl.DataFrame(
+        [
+            {
+                "domain": domain.label,
+                "reward_model": variant.label,
+                "policy_model": model.policy_model,
+                "rating": model.rating,
+                "overvaluation": model.overvaluation.value,
+                "low": model.overvaluation.low,
+                "high": model.overvaluation.high,
+                "flagged": model.flagged,
+            }
+            for domain in data.domains
+            for variant in domain.variants
+            for model in variant.mismatch.models
+        ],
+        infer_schema_length=None,
+    )
+
+
+def _variant_table(data: ReportData) -> list[dict[str, Any]]:
+    return [
+        {
+            "domain": domain.label,
+            "reward model": variant.label,
+            "mean |MD|": variant.mismatch.mean_absolute_mismatch.value,
+            "overvaluation RMSE (Elo)": variant.mismatch.overvaluation_rmse.value,
+            "Spearman with Elo": variant.agreement.spearman.value if variant.agreement else None,
+        }
+        for domain in data.domains
+        for variant in domain.variants
+    ]
 
 
 def _metrics(data: ReportData) -> dict[str, float | None]:

@@ -37,9 +37,7 @@ def demo() -> CalibrationRun:
         simulation=simulated_world(),
         split=SplitConfig(held_out_policy_models=HELD_OUT_WRITERS),
         preferences=PreferenceConfig(strategy="all_pairs"),
-        training=TrainingConfig(
-            objective="win_rate_matching", epochs=3, learning_rate=5e-4, pairs_per_step=672
-        ),
+        training=TrainingConfig(objective="win_rate_matching", epochs=3, learning_rate=5e-4, pairs_per_step=672),
     )
 
 

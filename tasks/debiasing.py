@@ -7,12 +7,34 @@ from charm_core.mismatch import own_ratings
 from charm_core.offset_check import OffsetCheck, split_half_check
 from charm_core.offsets import OffsetConfig, OffsetFit, apply_offsets, fit_offsets
 from charm_core.preferences import PairSummary, PreferenceConfig, build_preference_pairs
-from charm_core.selection import Selection, SelectionConfig, select_models
+from charm_core.selection import ModelChoice, Selection, SelectionConfig, select_models
 from charm_core.tables import PAIRS, PROMPTS, RATINGS, RESPONSES, SCORES
 from tasks.caching import step
 from tasks.prompts import ResponseSet
 from tasks.report_data import ReportVariant
 from tasks.store import ArtifactRef, ArtifactStore
+
+
+class ChosenModels(BaseModel):
+    """Who takes part in the correction. Without the reasons: another reason for the same choice changes no result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    overvalued: tuple[str, ...]
+    references: tuple[str, ...]
+
+    @classmethod
+    def of(cls, selection: Selection) -> "ChosenModels":
+        """Names only."""
+        return cls(overvalued=selection.overvalued_models, references=selection.reference_models)
+
+    def as_selection(self) -> Selection:
+        """As the method wants it."""
+        overvalued, references = (
+            tuple(ModelChoice(policy_model=name, reason="chosen before") for name in names)
+            for names in (self.overvalued, self.references)
+        )
+        return Selection(overvalued=overvalued, references=references)
 
 
 class PairSet(BaseModel):
@@ -35,7 +57,7 @@ def fit_model_offsets(
     store: ArtifactStore,
     scores: ArtifactRef,
     ratings: ArtifactRef,
-    selection: Selection,
+    references: tuple[str, ...],
     config: OffsetConfig,
 ) -> ArtifactRef:
     """The offset that each policy model's scores need to agree with people."""
@@ -43,7 +65,7 @@ def fit_model_offsets(
         store.read_table(scores, SCORES),
         store.read_table(ratings, RATINGS),
         config,
-        [choice.policy_model for choice in selection.references],
+        references,
     )
     return store.write_record(fit, "offsets")
 
@@ -78,7 +100,7 @@ def build_pairs(
     responses: ResponseSet,
     scores: ArtifactRef,
     offsets: ArtifactRef | None,
-    selection: Selection,
+    chosen: ChosenModels,
     config: PreferenceConfig,
 ) -> PairSet:
     """Preference pairs in the order of the calibrated scores; without offsets, the control."""
@@ -91,6 +113,6 @@ def build_pairs(
         calibrated,
         {model: fitted.get(model, 0.0) for model in models},
         config,
-        selection,
+        chosen.as_selection(),
     )
     return PairSet(pairs=store.write_table(built.frame, PAIRS), summary=built.summary)

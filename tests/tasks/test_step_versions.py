@@ -30,7 +30,15 @@ from tasks import (
 )
 from tasks.arena import ArenaConfig, collect_ratings, fit_arena_ratings, match_ratings
 from tasks.caching import Step
-from tasks.debiasing import build_pairs, check_offsets, choose_models, fit_model_offsets, offset_scores, rate_by_scores
+from tasks.debiasing import (
+    ChosenModels,
+    build_pairs,
+    check_offsets,
+    choose_models,
+    fit_model_offsets,
+    offset_scores,
+    rate_by_scores,
+)
 from tasks.evaluation import View, compare_variants, evaluate_preferences, evaluate_variant, evaluate_win_rates
 from tasks.prompts import ResponsesConfig, load_responses, select_responses, split_responses
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile, source_file
@@ -165,7 +173,9 @@ def test_debiasing(store: ArtifactStore, tmp_path: Path):
     selection = choose_models.function(store, evidence, SelectionConfig())
     assert selection.overvalued_models == ("a",)
     check(choose_models, hashlib.sha256(selection.model_dump_json().encode()).hexdigest()[:16])
-    offsets = fit_model_offsets.function(store, scores, ratings, selection, OffsetConfig(bootstrap_replicates=0))
+    offsets = fit_model_offsets.function(
+        store, scores, ratings, selection.reference_models, OffsetConfig(bootstrap_replicates=0)
+    )
     check(fit_model_offsets, record(store, offsets))
     check(offset_scores, content(store, offset_scores.function(store, scores, offsets)))
     check(rate_by_scores, content(store, rate_by_scores.function(store, scores, ratings)))
@@ -174,7 +184,12 @@ def test_debiasing(store: ArtifactStore, tmp_path: Path):
     pl.DataFrame(rows, schema=["prompt_id", "prompt", "policy_model", "response"], orient="row").write_parquet(asked)
     responses = load_responses.function(store, source_file(str(asked)), ResponsesConfig(source="x"), None)
     config = PreferenceConfig(strategy="all_pairs")
-    check(build_pairs, content(store, build_pairs.function(store, responses, scores, offsets, selection, config).pairs))
+    check(
+        build_pairs,
+        content(
+            store, build_pairs.function(store, responses, scores, offsets, ChosenModels.of(selection), config).pairs
+        ),
+    )
     checked = check_offsets.function(store, scores, ratings, OffsetConfig(reference_model="c"), 3)
     check(check_offsets, hashlib.sha256(json.dumps(rounded(checked.model_dump())).encode()).hexdigest()[:16])
 

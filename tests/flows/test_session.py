@@ -1,0 +1,39 @@
+"""A run that cannot succeed says so at once, before anything is computed."""
+
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from charm_core.errors import ArtifactError, ServiceError
+from flows.session import check_services, open_session
+from tasks.arena import ArenaConfig
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
+
+
+def test_a_prefect_server_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CHARM_HOME", str(tmp_path))
+    with (
+        temporary_settings({PREFECT_API_URL: f"{NOBODY}/api"}),
+        pytest.raises(ServiceError, match=rf"Prefect server at {NOBODY}/api does not answer.*unset PREFECT_API_URL"),
+    ):
+        check_services()
+
+
+def test_an_mlflow_server_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CHARM_HOME", str(tmp_path))
+    monkeypatch.setenv("CHARM_TRACKING_URI", NOBODY)
+    with pytest.raises(ServiceError, match=rf"{NOBODY}.*CHARM_TRACKING_URI"):
+        check_services()
+
+
+def test_a_store_that_cannot_be_written_stops_the_run_before_it_is_tracked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CHARM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CHARM_STORE", str(tmp_path / "file" / "store"))
+    with pytest.raises(ArtifactError, match="cannot write"), open_session("audit", "t", ArenaConfig(source="x")):
+        pytest.fail("the session opened")
+    assert not (tmp_path / "home" / "mlflow.db").exists()
