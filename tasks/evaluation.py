@@ -30,7 +30,7 @@ from tasks.store import ArtifactRef, ArtifactStore
 LABELS: dict[VariantName, str] = {
     "untouched": "Untouched",
     "offsets": "Offsets at inference",
-    "control": "Control (offsets 0)",
+    "control": "Control (δ = 0)",
     "calibrated": "Calibrated",
 }
 
