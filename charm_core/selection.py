@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from charm_core.comparison_graph import name_models
 from charm_core.errors import ConfigError
@@ -20,6 +20,12 @@ class SelectionConfig(Record):
         "auto", description="Reference policy models; 'auto' takes the best-supported neutral one."
     )
     max_overvalued: int | None = Field(None, ge=1, description="auto: at most so many, the largest first.")
+
+    @field_validator("overvalued", "references", mode="before")
+    @classmethod
+    def _auto_is_a_word(cls, value: object) -> object:
+        # a command line cannot tell the word from a list of one name
+        return "auto" if value in (["auto"], ("auto",)) else value
 
 
 class ModelChoice(Record):

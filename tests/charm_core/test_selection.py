@@ -123,3 +123,8 @@ def test_a_named_reference_is_never_chosen_as_overvalued() -> None:
 def test_contradictions_are_errors(config: SelectionConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         select_models(REPORT, config)
+
+
+def test_auto_from_a_command_line_is_the_word_and_not_a_model() -> None:
+    assert SelectionConfig.model_validate({"overvalued": ["auto"], "references": ("auto",)}) == SelectionConfig()
+    assert SelectionConfig.model_validate({"overvalued": ["a", "auto"]}).overvalued == ("a", "auto")
