@@ -16,18 +16,7 @@ from charm_core.preferences import PreferenceConfig
 from charm_core.responses import CALIBRATION, SplitConfig
 from charm_core.selection import SelectionConfig
 from charm_core.tables import PREFERENCES, RATINGS, SCORES, WIN_RATES
-from tasks import (
-    arena,
-    benchmarking,
-    debiasing,
-    evaluation,
-    evidence,
-    prompts,
-    registry,
-    scoring,
-    simulation,
-    training,
-)
+from tasks import arena, benchmarking, debiasing, evaluation, evidence, prompts, registry, scoring, simulation, training
 from tasks.arena import ArenaConfig, collect_ratings, fit_arena_ratings, match_ratings
 from tasks.caching import Step
 from tasks.debiasing import (
@@ -42,6 +31,10 @@ from tasks.debiasing import (
 from tasks.evaluation import View, compare_variants, evaluate_preferences, evaluate_variant, evaluate_win_rates
 from tasks.prompts import ResponsesConfig, load_responses, select_responses, split_responses
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile, source_file
+
+MODULES = (
+    arena, benchmarking, debiasing, evaluation, evidence, prompts, registry, scoring, simulation, training,
+)  # fmt: skip
 
 GOLDEN = {
     "load_responses v1": "c4ade4a467148cb3",
@@ -201,21 +194,5 @@ def test_every_step_has_a_golden_or_a_reason():
         "compose_report", "simulate_sources", "judge_truth", "load_rm_bench", "tabulate_rm_bench",
     }  # fmt: skip
     names = {name.split(" ")[0] for name in GOLDEN}
-    steps = {
-        value.name
-        for module in (
-            arena,
-            benchmarking,
-            debiasing,
-            evaluation,
-            evidence,
-            prompts,
-            registry,
-            scoring,
-            simulation,
-            training,
-        )
-        for value in vars(module).values()
-        if isinstance(value, Step)
-    }
+    steps = {value.name for module in MODULES for value in vars(module).values() if isinstance(value, Step)}
     assert steps == names | held_elsewhere
