@@ -42,4 +42,8 @@ class WorkerLostError(TrainingError):
 
 
 class ServiceError(CharmError):
-    """A server that the run needs (Prefect, MLflow) does not answer."""
+    """A server that the run needs (Prefect, MLflow, a leaderboard, a model endpoint) does not answer, or not as it should."""
+
+
+class SamplingError(CharmError):
+    """Responses of a policy model could not be had."""

@@ -44,6 +44,25 @@ RESPONSES = TableSchema(
 )
 """One row per (prompt, policy model). A missing cell is a missing row."""
 
+SAMPLES = TableSchema(
+    name="samples",
+    columns={
+        "prompt_id": pl.String(),
+        "policy_model": pl.String(),
+        "response": pl.String(),
+        "status": pl.String(),
+        "finish_reason": pl.String(),
+        "prompt_tokens": pl.Int64(),
+        "response_tokens": pl.Int64(),
+    },
+    key=("prompt_id", "policy_model"),
+    nullable=frozenset({"finish_reason", "prompt_tokens", "response_tokens"}),
+)
+"""What a policy model answered, and how it ended; ``status`` is one of ``charm_core.sampling.STATUSES``.
+
+A request that failed for good is a row with status ``failed`` and an empty response: counted, but never scored.
+"""
+
 SCORES = TableSchema(
     name="scores",
     columns={"prompt_id": pl.String(), "policy_model": pl.String(), "score": pl.Float64()},
