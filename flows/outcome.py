@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.command_line import settings_toml
 from flows.session import Session
 from tasks.evidence import Report
+from tasks.ledger import explain, reuse_lines
 from tasks.publishing import publish_link, publish_markdown, publish_table
 from tasks.report_data import InputDigest, Provenance, ReportData, ReportDomain
 from tasks.report_text import summary_text
@@ -74,6 +75,11 @@ def finish(
     session.run.log_text(data.model_dump_json(indent=1), "report.json")
     path = _local_path(report.html.uri)
     summary = summary_text(data)
+    reuse = reuse_lines(explain(session.ledger, session.last))
+    session.run.log_text("\n".join(reuse), "steps.txt")
+    publish_markdown(
+        f"{data.kind}-steps", "\n".join(f"- {line}" for line in reuse), "What was reused, what ran, and why"
+    )
     registered = [f"Model    {model.uri}", f"         registered as {model_version}"] if model else []
     publish_link(
         f"{data.kind}-report", Path(path).as_uri() if path else report.html.uri, "Report", summary.splitlines()[0]
@@ -86,7 +92,9 @@ def finish(
         tracking_url=session.run.url,
         model=model,
         model_version=model_version,
-        summary="\n".join([summary, f"Report   {path or report.html.uri}", *registered, *_pages(session)]),
+        summary="\n".join(
+            [summary, *_indented("Steps", reuse), f"Report   {path or report.html.uri}", *registered, *_pages(session)]
+        ),
     )
 
 
@@ -163,6 +171,10 @@ def _metric_name(name: str) -> str:
 
 def _local_path(uri: str) -> str | None:
     return uri if not urlsplit(uri).scheme else None
+
+
+def _indented(head: str, lines: list[str]) -> list[str]:
+    return [f"{head if number == 0 else '':9}{line}" for number, line in enumerate(lines)]
 
 
 def _pages(session: Session) -> tuple[str, ...]:

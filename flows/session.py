@@ -10,9 +10,11 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from pydantic import BaseModel
 
 from charm_core.errors import ServiceError
-from flows.settings import RuntimeSettings
+from flows.settings import RuntimeSettings, find_secret
 from tasks.caching import use_store
+from tasks.ledger import Ledger, keep_ledger, last_ledger
 from tasks.publishing import publish_link
+from tasks.secrets import use_secrets
 from tasks.store import ArtifactStore
 from tasks.tracking import TrackedRun, check_tracking, tracked_run
 
@@ -23,6 +25,10 @@ class Session:
 
     store: ArtifactStore
     run: TrackedRun
+    ledger: Ledger
+    """The steps of this run so far."""
+    last: Ledger | None
+    """Those of the last successful run of the same name."""
 
 
 @contextlib.contextmanager
@@ -42,10 +48,16 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
     store = runtime.artifact_store()
     store.check_writable()
     tags = {"charm.flow": kind, "prefect.flow_run_id": str(flow_run.id), "prefect.flow_run_url": _flow_run_url()}
-    with use_store(store), tracked_run(runtime.tracking(), f"{kind} {name}", tags=tags) as run:
-        run.log_params(settings.model_dump(mode="json"))
+    title, plain = f"{kind} {name}", settings.model_dump(mode="json")
+    last = last_ledger(store, title)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_store(store))
+        stack.enter_context(use_secrets(find_secret))
+        run = stack.enter_context(tracked_run(runtime.tracking(), title, tags=tags))
+        ledger = stack.enter_context(keep_ledger(store, title, plain))
+        run.log_params(plain)
         publish_link(f"{kind}-mlflow", run.url, "MLflow run", "Parameters, metrics, figures and artifacts of this run")
-        yield Session(store=store, run=run)
+        yield Session(store=store, run=run, ledger=ledger, last=last)
 
 
 def check_services() -> None:

@@ -58,6 +58,20 @@ class RuntimeSettings(BaseSettings):
         )
 
 
+def find_secret(name: str) -> str | None:
+    """The value of a secret: the environment variable of that name or, without one, the Prefect Secret block."""
+    value = os.environ.get(name)
+    if value:
+        return value
+    from prefect.blocks.system import Secret  # late: Prefect reads its own settings when it is imported
+
+    try:
+        # names of blocks have neither capitals nor underscores
+        return str(Secret.load(name.lower().replace("_", "-")).get())
+    except ValueError:  # there is no such block
+        return None
+
+
 def prepare_environment() -> None:
     """Set what Prefect and MLflow read from the environment, where the user has not."""
     for name, value in _ENVIRONMENT_DEFAULTS.items():

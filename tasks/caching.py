@@ -25,6 +25,7 @@ from prefect.results import ResultRecord  # type: ignore[attr-defined] # re-expo
 from pydantic import BaseModel, TypeAdapter
 
 from charm_core.errors import ArtifactError, ConfigError
+from tasks.ledger import StepCall, note_call
 from tasks.store import ArtifactRef, ArtifactStore
 
 logger = logging.getLogger(__name__)
@@ -65,17 +66,22 @@ def content_key(step: str, version: int, inputs: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: An input of a kind that has no stable content, such as a path or a data frame.
     """
-    content = {
-        "step": step,
-        "version": version,
-        "inputs": {name: _identity(value, name) for name, value in inputs.items()},
-    }
+    content = {"step": step, "version": version, "inputs": identities(inputs)}
     try:
         text = json.dumps(content, sort_keys=True, allow_nan=False)
     except ValueError:
         raise ConfigError(f"an input of the step {step!r} is NaN or infinite; give a finite number or none") from None
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{step}-v{version}-{digest}"
+
+
+def identities(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of each input goes into cache keys, as plain values.
+
+    Raises:
+        ConfigError: An input of a kind that has no stable content.
+    """
+    return {name: _identity(value, name) for name, value in inputs.items()}
 
 
 def _identity(value: Any, name: str) -> Any:
@@ -112,19 +118,22 @@ class ContentPolicy(CachePolicy):
         return self.content_key
 
 
-def _drop_if_stale(store: ArtifactStore, key: str, kind: TypeAdapter[Any]) -> None:
+def _is_reusable(store: ArtifactStore, key: str, kind: TypeAdapter[Any]) -> bool:
+    """Whether a sound result is recorded; a record that is stale is dropped, so that Prefect does not find it either."""
     try:
         record: ResultRecord[Any] = ResultRecord.deserialize(store.read_step(key))
         recorded = kind.validate_python(record.result)
     except ArtifactError:  # missing or damaged: to Prefect too it is not there
-        return
+        return False
     except ValueError as error:
         logger.warning("the record %s is of another form; the step runs again: %s", key, error)
         store.forget_step(key)
-        return
+        return False
     if not all(store.is_sound(ref) for ref in _references(recorded)):
         logger.warning("a file of %s is missing or damaged; the step runs again", key)
         store.forget_step(key)
+        return False
+    return True
 
 
 def _references(value: Any) -> Iterator[ArtifactRef]:
@@ -189,12 +198,16 @@ class Step(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the step, or take its recorded result, in the current flow."""
         store = _store.get()
-        key = self.key(*args, **kwargs)
-        _drop_if_stale(store, key, self._kind)
+        inputs = self._inputs(*args, **kwargs)
+        key = content_key(self.name, self.version, inputs)
+        reused = _is_reusable(store, key, self._kind)
         bound = self._task.with_options(cache_policy=ContentPolicy(content_key=key))
         # with_options accepts only blocks that are saved on a server; a worker without that server must work too
         bound.result_storage = StepRecords(store=store, key=key)
-        return self._kind.validate_python(bound(store, *args, **kwargs))
+        result = self._kind.validate_python(bound(store, *args, **kwargs))
+        outputs = tuple(ref.digest for ref in _references(result))
+        note_call(StepCall(step=self.name, key=key, reused=reused, inputs=identities(inputs), outputs=outputs))
+        return result
 
     def _plain(self, function: Callable[Concatenate[ArtifactStore, P], R]) -> Callable[..., Any]:
         """The function with a result that JSON holds: nothing is unpickled, and a cached result equals a fresh one."""
@@ -207,10 +220,12 @@ class Step(Generic[P, R]):
 
     def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """Cache key of a call with these arguments."""
+        return content_key(self.name, self.version, self._inputs(*args, **kwargs))
+
+    def _inputs(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
         bound = self._signature.bind(None, *args, **kwargs)
         bound.apply_defaults()
-        inputs = dict(list(bound.arguments.items())[1:])
-        return content_key(self.name, self.version, inputs)
+        return dict(list(bound.arguments.items())[1:])
 
 
 def step(*, version: int, **options: Any) -> Callable[[Callable[Concatenate[ArtifactStore, P], R]], Step[P, R]]:

@@ -234,14 +234,12 @@ class ArtifactStore(BaseModel):
         return f"{self.url.rstrip('/')}/steps/{key}"
 
     def write_step(self, key: str, content: bytes) -> None:
-        """Record a finished step. The first line is the digest of the rest.
+        """Record a finished step.
 
         Raises:
             ArtifactError: The store cannot be written.
         """
-        uri = self.step_url(key)
-        with _explained_errors(uri):
-            self._put(uri, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        self._write_checked(self.step_url(key), content)
 
     def read_step(self, key: str) -> bytes:
         """The record of a finished step.
@@ -249,20 +247,48 @@ class ArtifactStore(BaseModel):
         Raises:
             ArtifactError: There is none, or it is damaged.
         """
-        filesystem, path = fsspec.core.url_to_fs(self.step_url(key))
-        try:
-            digest, _, content = filesystem.cat_file(path).partition(b"\n")
-        except OSError as error:
-            raise ArtifactError(f"cannot read {self.step_url(key)}: {error}; run again") from None
-        if hashlib.sha256(content).hexdigest().encode() != digest:
-            raise ArtifactError(f"{self.step_url(key)} is damaged; run again, its step will be redone")
-        return bytes(content)
+        return self._read_checked(self.step_url(key))
 
     def forget_step(self, key: str) -> None:
         """Remove the record of a step, so that it runs again."""
         filesystem, path = fsspec.core.url_to_fs(self.step_url(key))
         with contextlib.suppress(FileNotFoundError):  # another run on this store found it stale at the same time
             filesystem.rm_file(path)
+
+    def write_note(self, name: str, content: bytes) -> None:
+        """Keep something under a name, in place of what had that name before.
+
+        Raises:
+            ArtifactError: The store cannot be written.
+        """
+        self._write_checked(self._note_url(name), content)
+
+    def read_note(self, name: str) -> bytes:
+        """What was kept under that name.
+
+        Raises:
+            ArtifactError: There is nothing, or it is damaged.
+        """
+        return self._read_checked(self._note_url(name))
+
+    def _note_url(self, name: str) -> str:
+        # any name makes a file name
+        return f"{self.url.rstrip('/')}/notes/{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+
+    def _write_checked(self, uri: str, content: bytes) -> None:
+        """Write a file whose first line is the digest of the rest: its name does not say what is in it."""
+        with _explained_errors(uri):
+            self._put(uri, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+    def _read_checked(self, uri: str) -> bytes:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        try:
+            digest, _, content = filesystem.cat_file(path).partition(b"\n")
+        except OSError as error:
+            raise ArtifactError(f"cannot read {uri}: {error}; run again") from None
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            raise ArtifactError(f"{uri} is damaged; run again, its step will be redone")
+        return bytes(content)
 
     def _uri(self, kind: str, name: str) -> str:
         return f"{self.url.rstrip('/')}/{kind}/{name[:2]}/{name}"
