@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,9 @@ from charm_core.errors import ConfigError, ModelError
 from charm_core.responses import ColumnNames, ingest_preferences, ingest_scores, ingest_win_rates
 from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
 from charm_core.reward_model.spec import RewardModelSpec
+from charm_core.reward_model.stored.files import COMMIT, read_json
+from charm_core.reward_model.stored.kinds import base_of
+from charm_core.reward_model.templates import template_text
 from charm_core.tables import PREFERENCES, PROMPTS, RESPONSES, SCORES, WIN_RATES
 from tasks.caching import step
 from tasks.launching import run_scoring
@@ -23,8 +25,8 @@ from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile, file_digest, read_source
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _NOT_WEIGHTS = {"README.md", ".gitattributes"}
+_WHERE = {"path", "revision", "base_model", "base_revision", "reference_model", "reference_revision"}
 
 
 class ScoresConfig(BaseModel):
@@ -56,8 +58,8 @@ class RewardModelRef(BaseModel):
     folder: ArtifactRef | None = Field(default=None, description="Where it is one of ours.")
 
     def identity(self) -> dict[str, Any]:
-        """What goes into cache keys."""
-        return {"digest": self.digest, "spec": self.spec.model_dump(mode="json", exclude={"path", "revision"})}
+        """What goes into cache keys: where the files lie does not, what they hold is in the digest."""
+        return {"digest": self.digest, "spec": self.spec.settings(exclude=_WHERE)}
 
     @contextmanager
     def local_spec(self, store: ArtifactStore) -> Iterator[RewardModelSpec]:
@@ -88,29 +90,65 @@ class LoadedTable(BaseModel):
 
 
 def identify_reward_model(spec: RewardModelSpec) -> RewardModelRef:
-    """Identify a reward model by a digest of its folder, or by its hub revision.
+    """Identify a reward model by all that decides its scores.
+
+    Those are its folder's content or its hub revision; of a LoRA adapter also the base model's, of a DPO model the
+    reference's; and the text of a chat template that is given as a file.
 
     Raises:
-        ModelError: There is no such folder.
+        ModelError: There is no such folder or file.
         ConfigError: A hub id without a commit hash: what it stands for could change between two runs.
     """
-    folder = Path(spec.path).expanduser()
+    changes: dict[str, Any] = {}
+    path, digest = _identify("", spec.path, spec.revision)
+    changes["path"] = path
+    others: dict[str, str] = {}
+    for role, (other, revision) in _other_models(spec, Path(path)).items():
+        found, others[role] = _identify(f"{role}_", other, revision)
+        changes |= {f"{role}_model": found, f"{role}_revision": revision}
+    if others:
+        digest = hashlib.sha256(json.dumps({"model": digest, **others}, sort_keys=True).encode()).hexdigest()
+    if spec.chat_template is not None:
+        changes["chat_template"] = template_text(spec.chat_template)
+    return RewardModelRef(spec=spec.model_copy(update=changes), digest=digest)
+
+
+def _other_models(spec: RewardModelSpec, folder: Path) -> dict[str, tuple[str, str | None]]:
+    """Path and revision of the base model of an adapter and of the reference of a DPO model."""
+    others: dict[str, tuple[str, str | None]] = {}
+    adapter = read_json(folder / "adapter_config.json")
+    if adapter is not None or spec.base_model is not None:
+        others["base"] = base_of(spec, adapter or {})
+    if spec.reference_model is not None:
+        others["reference"] = (spec.reference_model, spec.reference_revision)
+    return others
+
+
+def _identify(role: str, path: str, revision: str | None) -> tuple[str, str]:
+    """Where a model lies, absolutely if on this machine, and what identifies it.
+
+    Args:
+        role: What the names of its settings begin with.
+        path: Folder or hub id.
+        revision: Hub revision.
+    """
+    setting = f"reward_model.{role}model" if role else "reward_model.path"
+    folder = Path(path).expanduser()
     if folder.is_dir():
         files = {
-            path.name: file_digest(path)
-            for path in sorted(folder.iterdir())
-            if path.is_file() and path.name not in _NOT_WEIGHTS
+            file.name: file_digest(file)
+            for file in sorted(folder.iterdir())
+            if file.is_file() and file.name not in _NOT_WEIGHTS
         }
-        digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-        return RewardModelRef(spec=spec.model_copy(update={"path": str(folder.resolve())}), digest=digest)
-    if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1:
-        raise ModelError(f"there is no reward model folder {spec.path!r}; correct reward_model.path")
-    if not _COMMIT.fullmatch(spec.revision or ""):
+        return str(folder.resolve()), hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(f"there is no reward model folder {path!r}; correct {setting}")
+    if not COMMIT.fullmatch(revision or ""):
         raise ConfigError(
-            f"reward model {spec.path!r} is a hub id: set reward_model.revision to the commit hash of the version you mean, "
-            f"not {spec.revision!r}"
+            f"reward model {path!r} is a hub id: set reward_model.{role}revision to the commit hash of the version you mean, "
+            f"not {revision!r}"
         )
-    return RewardModelRef(spec=spec, digest=f"hub:{spec.path}@{spec.revision}")
+    return path, f"hub:{path}@{revision}"
 
 
 @step(version=1)

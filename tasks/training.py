@@ -118,7 +118,7 @@ def ratings_for(config: TrainingConfig, ratings: ArtifactRef) -> ArtifactRef | N
 def _stored(store: ArtifactStore, base: RewardModelRef, outcome: TrainingOutcome, work: Path) -> TrainedModel:
     folder = store.write_folder(outcome.model_dir, "reward_model")
     curve = store.write_record(Curve(steps=read_curve(work / "progress")), "curve")
-    spec = base.spec.model_copy(update={"path": folder.uri, "revision": None})
+    spec = base.spec.saved_at(folder.uri)
     summary = TrainingSummary.model_validate(outcome.model_dump(exclude={"model_dir"}))
     return TrainedModel(
         model=RewardModelRef(spec=spec, digest=folder.digest, folder=folder), curve=curve, summary=summary

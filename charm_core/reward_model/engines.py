@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from charm_core.reward_model.network import RewardNetwork
+from charm_core.reward_model.network import TrainableNetwork
 from charm_core.reward_model.spec import TrainingConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,7 +39,7 @@ class Engine(Protocol):
         """Set Adam's moments and step count; weights are set in the network before the engine is made."""
 
 
-def parameter_groups(network: RewardNetwork, config: TrainingConfig) -> list[dict[str, Any]]:
+def parameter_groups(network: TrainableNetwork, config: TrainingConfig) -> list[dict[str, Any]]:
     """AdamW's groups: the body's matrices and vectors, then the head's; empty ones are left out.
 
     Group by group, ``peak`` is its peak learning rate.
@@ -65,7 +65,7 @@ class PlainEngine:
 
     world_size = 1
 
-    def __init__(self, network: RewardNetwork, config: TrainingConfig) -> None:
+    def __init__(self, network: TrainableNetwork, config: TrainingConfig) -> None:
         self._network = network
         self._optimizer = torch.optim.AdamW(parameter_groups(network, config), betas=config.adam_betas)
         self._max_grad_norm = config.max_grad_norm
@@ -106,7 +106,7 @@ class PlainEngine:
 class ZeroEngine:
     """One process per rank, DeepSpeed ZeRO."""
 
-    def __init__(self, network: RewardNetwork, config: TrainingConfig, world_size: int) -> None:
+    def __init__(self, network: TrainableNetwork, config: TrainingConfig, world_size: int) -> None:
         import deepspeed
 
         self.world_size = world_size
@@ -187,7 +187,7 @@ class ZeroEngine:
         return list(self._engine.optimizer.single_partition_of_fp32_groups)
 
 
-def deepspeed_config(network: RewardNetwork, config: TrainingConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(network: TrainableNetwork, config: TrainingConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON as a dict. The trainer itself decides where a step ends, so one micro-batch is declared."""
     hidden = cast(Any, network.classifier).config.get_text_config().hidden_size
     bucket = min(50_000_000, sum(parameter.numel() for parameter in network.parameters()))

@@ -1,18 +1,16 @@
-"""A sequence classifier as a reward model: tokens in, one float32 score per text out."""
+"""What scoring and training need of a reward model: tokens in, one float32 score per text out. One class per kind in heads/."""
 
-import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from charm_core.errors import ModelError, TrainingError
+from charm_core.errors import TrainingError
 from charm_core.reward_model.rendering import Rendered
-
-HEAD_NAMES = ("score", "classifier", "classifier.out_proj")
-"""Where Hugging Face classifiers keep the layer whose output is the score."""
 
 
 class Float32Head(nn.Linear):
@@ -25,26 +23,17 @@ class Float32Head(nn.Linear):
             return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
-class RewardNetwork(nn.Module):
-    """Wraps a Hugging Face sequence classifier with one label.
+class RewardNetwork(nn.Module, ABC):
+    """What scoring needs of a reward model of any kind."""
 
-    A decoder's classifier (one with a ``score`` layer) reads the hidden state of the last real token, found by its position
-    and not by looking for padding ids, so that a pad token that equals the end-of-text token does no harm. Any other
-    classifier uses its own head.
-    """
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.autocast_dtype: torch.dtype | None = None
-        """Lower precision for the backbone over weights that stay as they are; None: the weights' own."""
-        self.classifier = classifier
-        self.head_name = head_name(classifier)
-        replace_head(classifier, self.head_name)
-        self.reads_last_token = self.head_name == "score"
-        self.takes_token_types = "token_type_ids" in inspect.signature(classifier.forward).parameters
-
+    @abstractmethod
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, last_positions: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        last_positions: Tensor,
+        token_type_ids: Tensor | None = None,
+        response_starts: Tensor | None = None,
     ) -> Tensor:
         """Score a batch.
 
@@ -53,51 +42,65 @@ class RewardNetwork(nn.Module):
             attention_mask: 1 for real tokens, 0 for padding; same shape.
             last_positions: Position of each text's last real token.
             token_type_ids: Segment ids, for models that use them; same shape.
+            response_starts: Position of each response's first token, for kinds that need it.
 
         Returns:
             float32 scores, one per text.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self.takes_token_types and token_type_ids is not None:
-            inputs["token_type_ids"] = token_type_ids
+
+
+class TrainableNetwork(RewardNetwork):
+    """What training needs besides.
+
+    ``classifier`` holds the whole model; its parameters' names are those in the checkpoints of a training run.
+    """
+
+    classifier: nn.Module
+    head_name: str
+    """Dotted name in ``classifier`` of what gives the score."""
+    autocast_dtype: torch.dtype | None = None
+    """Lower precision for the backbone over weights that stay as they are; None: the weights' own."""
+
+    @property
+    @abstractmethod
+    def transformer(self) -> Any:
+        """The part that transformers made."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write config and weights so that the folder is loaded as the same kind."""
+
+    def lower_precision(self, device: torch.device) -> torch.autocast:
+        """The context in which the backbone computes."""
         lower = self.autocast_dtype
-        with torch.autocast(input_ids.device.type, dtype=lower, enabled=lower is not None):
-            if not self.reads_last_token:
-                return cast(Tensor, self.classifier(**inputs).logits[:, 0].float())
-            classifier = cast(Any, self.classifier)
-            hidden = getattr(classifier, classifier.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
-            rows = torch.arange(hidden.shape[0], device=hidden.device)
-            return cast(Tensor, classifier.score(hidden[rows, last_positions])[:, 0])
+        return torch.autocast(device.type, dtype=lower, enabled=lower is not None)
 
 
-def head_name(classifier: nn.Module) -> str:
-    """The dotted name of the linear layer with one output that gives the score.
+def last_hidden(backbone: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states after the last layer of a decoder, texts × tokens × width."""
+    states = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return cast(Tensor, states.last_hidden_state)
+
+
+def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """One hidden state per text."""
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), positions]
+
+
+def trainable(network: RewardNetwork, path: str) -> TrainableNetwork:
+    """The network, if its kind can be fine-tuned.
 
     Raises:
-        ModelError: No such layer where Hugging Face classifiers have it.
+        TrainingError: It cannot.
     """
-    for name in HEAD_NAMES:
-        try:
-            layer = classifier.get_submodule(name)
-        except AttributeError:
-            continue
-        if isinstance(layer, nn.Linear) and layer.out_features == 1:
-            return name
-    raise ModelError(
-        f"{type(classifier).__name__} has no scalar head: none of {', '.join(HEAD_NAMES)} is a linear layer with one output; "
-        "CHARM scores with sequence classifiers that have one label"
-    )
+    if not isinstance(network, TrainableNetwork):
+        raise TrainingError(
+            f"the reward model {path!r} is of a kind that cannot be fine-tuned; classifiers, GRM value heads and LoRA adapters can"
+        )
+    return network
 
 
-def replace_head(classifier: nn.Module, name: str) -> None:
-    """Let the head compute in float32, keeping its parameters."""
-    old = cast(nn.Linear, classifier.get_submodule(name))
-    head = Float32Head(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-    head.weight, head.bias = old.weight, old.bias
-    classifier.set_submodule(name, head)
-
-
-def freeze(network: RewardNetwork, trainable_layers: int | None) -> None:
+def freeze(network: TrainableNetwork, trainable_layers: int | None) -> None:
     """Leave only the last ``trainable_layers`` transformer layers and the head trainable.
 
     Raises:
@@ -114,13 +117,12 @@ def freeze(network: RewardNetwork, trainable_layers: int | None) -> None:
     network.classifier.get_submodule(network.head_name).requires_grad_(True)
 
 
-def checkpoint_gradients(network: RewardNetwork) -> None:
+def checkpoint_gradients(network: TrainableNetwork) -> None:
     """Recompute layers in the backward pass.
 
     transformers does so only for layers in training mode; their children stay in evaluation mode, without dropout.
     """
-    classifier: Any = network.classifier
-    classifier.activation_checkpointing_enable()
+    network.transformer.activation_checkpointing_enable()
     for module in network.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
@@ -141,4 +143,6 @@ def collate(texts: Sequence[Rendered], pad_token_id: int, device: torch.device) 
     batch = {"input_ids": ids, "attention_mask": mask, "last_positions": mask.sum(dim=1) - 1}
     if any(text.token_type_ids is not None for text in texts):
         batch["token_type_ids"] = types
+    if texts[0].response_start is not None:
+        batch["response_starts"] = torch.tensor([text.response_start for text in texts])
     return {name: tensor.to(device) for name, tensor in batch.items()}

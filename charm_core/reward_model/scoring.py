@@ -6,7 +6,7 @@ score of a text moves by less than 1e-5 with the batch that it is in.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import comb
 
@@ -35,6 +35,8 @@ class ScoringResult:
     scores: pl.DataFrame
     """SCORES: one row per response."""
     summary: ScoringSummary
+    cuts: pl.DataFrame
+    """Columns prompt_id, policy_model, prompt_cut and response_cut: one row per response."""
 
 
 def score_responses(
@@ -70,7 +72,11 @@ def score_responses(
     scores = validate(scores, SCORES)
     summary = _summary(model.spec, asked, rendered, list(distinct), scores)
     logger.info("scored %d texts (%d distinct) with %s", summary.texts, summary.distinct_texts, spec.path)
-    return ScoringResult(scores=scores, summary=summary)
+    cuts = asked.select("prompt_id", "policy_model").with_columns(
+        pl.Series(name, [getattr(text, name) for text in rendered], dtype=pl.Boolean)
+        for name in ("prompt_cut", "response_cut")
+    )
+    return ScoringResult(scores=scores, summary=summary, cuts=cuts)
 
 
 def score_texts(model: RewardModel, texts: Sequence[Rendered], progress: Progress | None = None) -> list[float]:
@@ -104,7 +110,7 @@ def _join(prompts: pl.DataFrame, responses: pl.DataFrame) -> pl.DataFrame:
 
 def _identity(text: Rendered) -> Rendered:
     """The text without what was cut to make it, so that equal token sequences are equal."""
-    return Rendered(input_ids=text.input_ids, token_type_ids=text.token_type_ids, prompt_cut=False, response_cut=False)
+    return replace(text, prompt_cut=False, response_cut=False)
 
 
 def _check_scores(scores: pl.DataFrame, spec: RewardModelSpec) -> None:

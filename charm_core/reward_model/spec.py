@@ -3,9 +3,13 @@
 Fields carry their own description, which is also the command line's help and the Prefect form.
 """
 
-from typing import Literal, Self
+from collections.abc import Collection
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+KindName = Literal["classifier", "value_head", "gated", "lora", "dpo"]
+"""How a score comes about; see ``RewardModelSpec.kind``."""
 
 
 class RewardModelSpec(BaseModel):
@@ -21,12 +25,15 @@ class RewardModelSpec(BaseModel):
     max_prompt_characters: int | None = Field(
         default=None,
         ge=1,
-        description="Each message of the prompt is first cut to this many characters, keeping its start.",
+        description="Each message of the prompt is first cut to this many characters, keeping its start "
+        "(its end where truncation_side is left).",
     )
     min_response_tokens: int = Field(
-        default=64, ge=1, description="The prompt is cut only where the response would keep fewer tokens than this."
+        default=64,
+        ge=1,
+        description="The prompt is cut only where the response would keep fewer tokens than this (truncation_side right).",
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Arithmetic of the backbone; auto is bfloat16 on a GPU, float32 on CPU. The head is float32.",
     )
@@ -40,6 +47,79 @@ class RewardModelSpec(BaseModel):
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with this model. Only for a model that you have read."
     )
+    kind: Literal["auto", "classifier", "value_head", "gated", "lora", "dpo"] = Field(
+        default="auto",
+        description="How the score comes about: classifier (one logit), value_head (GRM), gated (ArmoRM, QRM), lora (an "
+        "adapter on base_model), dpo (against reference_model); auto tells it from the files.",
+    )
+    truncation_side: Literal["right", "left"] = Field(
+        default="right",
+        description="Which end of a text that is too long is cut: right keeps starts; left keeps ends, so that the prompt "
+        "loses its beginning.",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        description="Jinja text, or a file of it, in place of the chat template that comes with the model.",
+    )
+    system_prompt: str | None = Field(
+        default=None, description="System message put before prompts that have none; part of every text."
+    )
+    base_model: str | None = Field(
+        default=None, description="lora: folder or hub id of the base model; default: the one that the adapter names."
+    )
+    base_revision: str | None = Field(default=None, description="Hub revision of base_model; use a commit hash.")
+    reference_model: str | None = Field(
+        default=None,
+        description="dpo: folder or hub id of the model that training began with, whose probabilities count against.",
+    )
+    reference_revision: str | None = Field(
+        default=None, description="Hub revision of reference_model; use a commit hash."
+    )
+    dpo_beta: float = Field(default=0.1, gt=0, description="dpo: factor of the difference of log-probabilities.")
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_kind(self) -> Self:
+        if self.reference_model is not None and self.kind not in ("auto", "dpo"):
+            raise ValueError(f"reference_model belongs to kind 'dpo', not to {self.kind!r}: leave it out")
+        if self.kind == "dpo" and self.reference_model is None:
+            raise ValueError("kind 'dpo' needs reference_model, the model that DPO training began with")
+        if self.base_model is not None and self.kind not in ("auto", "lora"):
+            raise ValueError(f"base_model belongs to kind 'lora', not to {self.kind!r}: leave it out")
+        if self.base_model is not None and self.reference_model is not None:
+            raise ValueError("base_model is for a LoRA adapter and reference_model for DPO: give one of them")
+        return self
+
+    def settings(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """The fields as JSON-able data, for identities.
+
+        Fields that came later are left out where they have their default, so that what was done before they came is
+        still recognised.
+        """
+        dumped = self.model_dump(mode="json", exclude=set(exclude))
+        return {
+            name: value
+            for name, value in dumped.items()
+            if name not in _LATER_FIELDS or value != type(self).model_fields[name].default
+        }
+
+    def saved_at(self, path: str) -> Self:
+        """The spec of what fine-tuning makes of this reward model: a folder that needs no base model any more."""
+        kind = "auto" if self.kind == "lora" else self.kind
+        changes = {"path": path, "revision": None, "kind": kind, "base_model": None, "base_revision": None}
+        return self.model_copy(update=changes)
+
+
+_LATER_FIELDS = {
+    "kind",
+    "truncation_side",
+    "chat_template",
+    "system_prompt",
+    "base_model",
+    "base_revision",
+    "reference_model",
+    "reference_revision",
+    "dpo_beta",
+}
 
 
 class TrainingConfig(BaseModel):

@@ -23,7 +23,7 @@ from charm_core.reward_model.engines import WEIGHT, Engine, PlainEngine, ZeroEng
 from charm_core.reward_model.jobs import CurveRecord, TrainingJob, TrainingOutcome
 from charm_core.reward_model.loading import arithmetic_dtype, load_reward_model
 from charm_core.reward_model.losses import PairTargets, pair_losses, root_mean_square
-from charm_core.reward_model.network import RewardNetwork, checkpoint_gradients, collate, freeze
+from charm_core.reward_model.network import TrainableNetwork, checkpoint_gradients, collate, freeze, trainable
 from charm_core.reward_model.plan import TrainingData, learning_rate_factor, plan_steps, prepare
 from charm_core.reward_model.ranks import Rank, Totals
 from charm_core.reward_model.rendering import Rendered
@@ -93,7 +93,7 @@ class _Trainer:
         self.filler = min(self.data.texts, key=lambda text: len(text.input_ids))
         stored = load_checkpoint(job.work_dir, self.done) if self.done else {}
         self.remembered = self._first_memory(stored)
-        self.engine = self._make_engine(self.model.network, stored)
+        self.engine = self._make_engine(trainable(self.model.network, job.model.path), stored)
         logger.info(
             "%d training pairs of %d prompts, %d held out; %d steps, %d done before",
             len(rows),
@@ -138,7 +138,7 @@ class _Trainer:
         self.rank.barrier()
         return outcome
 
-    def _make_engine(self, network: RewardNetwork, moments: dict[tuple[str, str], Tensor]) -> Engine:
+    def _make_engine(self, network: TrainableNetwork, moments: dict[tuple[str, str], Tensor]) -> Engine:
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 if (name, WEIGHT) in moments:

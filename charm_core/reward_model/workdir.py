@@ -44,7 +44,7 @@ class Failure(BaseModel):
 def identity(job: TrainingJob) -> dict[str, object]:
     """What a training job learns from what, as JSON-able data; two jobs with the same identity may share checkpoints."""
     return {
-        "model": job.model.model_dump(mode="json", exclude={"batch_tokens"}),
+        "model": job.model.settings(exclude={"batch_tokens"}),
         "config": job.config.model_dump(mode="json", exclude=NOT_IDENTITY),
         "pairs_sha256": _digest(job.pairs_path),
         "ratings_sha256": _digest(job.ratings_path) if job.ratings_path else None,

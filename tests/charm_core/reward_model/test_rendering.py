@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from charm_core.errors import ModelError
-from charm_core.reward_model.rendering import joined_prompt, render
+from charm_core.reward_model.rendering import joined_prompt, render, uncut_length
 from charm_core.reward_model.spec import RewardModelSpec
 from tests.charm_core.reward_model.tiny import VOCABULARY, WORDS, chat_tokenizer, messages, pair_tokenizer
 
@@ -86,6 +86,69 @@ def test_what_is_too_long_loses_ends_and_keeps_the_closing_tokens(tokenizer, pro
     ]
     assert cut.prompt_cut == (kept_prompt < len(prompt.split()))
     assert cut.response_cut == (kept_response < len(response.split()))
+
+
+@pytest.mark.parametrize("tokenizer", [CHAT, PAIR], ids=["chat", "pair"])
+@settings(max_examples=60, deadline=None)
+@given(prompt=words, response=words, limit=st.integers(8, 40))
+def test_with_truncation_side_left_the_prompt_loses_its_beginning_first(tokenizer, prompt, response, limit):
+    whole = tokens(tokenizer, render(tokenizer, messages(prompt), response, spec(max_length=200)))
+    cut = render(tokenizer, messages(prompt), response, spec(max_length=limit, truncation_side="left"))
+    kept = tokens(tokenizer, cut)
+    assert len(kept) == min(len(whole), limit)
+    assert (kept[0], kept[-1]) == (whole[0], whole[-1])
+    asked, said = prompt.split(), response.split()
+    room = limit - (len(whole) - len(asked) - len(said))
+    kept_said = min(len(said), room)
+    kept_asked = min(len(asked), room - kept_said)
+    expected = asked[len(asked) - kept_asked :] + said[len(said) - kept_said :]
+    assert [token for token in kept if token in WORDS] == expected
+    assert cut.prompt_cut == (kept_asked < len(asked))
+    assert cut.response_cut == (kept_said < len(said))
+
+
+def test_with_truncation_side_left_the_first_turns_go_and_the_system_message_stays():
+    conversation = [{"role": "system", "content": "w1"}, *messages("w2 w3 w4", "w5 w6", "w7 w8")]
+    left = spec(max_length=19, truncation_side="left")
+    cut = render(CHAT, conversation, "w9 w10", left)
+    # 11 tokens are the template's, so 8 words stay
+    assert [token for token in tokens(CHAT, cut) if token in WORDS] == ["w1", "w4", "w5", "w6", "w7", "w8", "w9", "w10"]
+    shorter = render(CHAT, conversation, "w9 w10", left.model_copy(update={"max_length": 14}))
+    assert [token for token in tokens(CHAT, shorter) if token in WORDS] == ["w1", "w9", "w10"]
+    least = render(CHAT, conversation, "w9 w10", left.model_copy(update={"max_length": 12}))
+    assert [token for token in tokens(CHAT, least) if token in WORDS] == ["w1"]
+
+
+def test_max_prompt_characters_keeps_ends_with_truncation_side_left():
+    rendered = render(CHAT, messages("w1 w2 w3"), "w4 w5", spec(max_prompt_characters=5, truncation_side="left"))
+    assert [token for token in tokens(CHAT, rendered) if token in WORDS] == ["w2", "w3", "w4", "w5"]
+    assert rendered.prompt_cut
+    assert not rendered.response_cut
+
+
+def test_a_system_prompt_comes_before_prompts_that_have_none():
+    instructed = spec(system_prompt="w1 w2")
+    chat = tokens(CHAT, render(CHAT, messages("w3"), "w4", instructed))
+    assert chat[:4] == ["<bos>", "<system>", "w1", "w2"]
+    own = [{"role": "system", "content": "w5"}, *messages("w3")]
+    assert tokens(CHAT, render(CHAT, own, "w4", instructed)) == tokens(CHAT, render(CHAT, own, "w4", spec()))
+    pair = tokens(PAIR, render(PAIR, messages("w3"), "w4", instructed))
+    assert pair == ["[CLS]", "[UNK]", "w1", "w2", "[UNK]", "w3", "[SEP]", "w4", "[SEP]"]  # system: ... user: ...
+
+
+def test_uncut_length_is_that_of_the_text_without_a_limit():
+    for tokenizer in (CHAT, PAIR):
+        short = spec(max_length=12, max_prompt_characters=8, system_prompt="w1 w2 w3 w4")
+        prompt, response = messages("w1 w2 w3 w4 w5"), " ".join(["w6"] * 30)
+        whole = render(tokenizer, prompt, response, short.model_copy(update={"max_length": 200}))
+        assert uncut_length(tokenizer, prompt, response, short) == len(whole.input_ids) > 12
+
+
+def test_the_response_start_is_known_where_it_is_needed():
+    assert render(CHAT, messages("w1"), "w2", spec()).response_start is None
+    needed = render(CHAT, messages("w1"), "w2", spec(kind="dpo", reference_model="other"))
+    # this template has no header of its own for an answer to come, so its role token counts as the response's
+    assert tokens(CHAT, needed)[needed.response_start :] == ["<assistant>", "w2", "<eos>"]
 
 
 def test_max_prompt_characters_cuts_each_message_at_its_end():

@@ -14,6 +14,7 @@ from charm_core.reward_model.network import collate
 from charm_core.reward_model.rendering import render
 from charm_core.reward_model.scoring import score_responses, score_texts
 from charm_core.reward_model.spec import RewardModelSpec
+from tests.charm_core.reward_model.kinds import save_adapter, save_causal, save_gated, save_value_head
 from tests.charm_core.reward_model.tiny import ARCHITECTURES, messages, prompts_and_responses, save_model, sentence
 
 SHARED = Path(__file__).parents[4] / "shared"
@@ -109,6 +110,26 @@ def test_a_table_is_scored_and_summarised(models):
     assert summary.responses_cut > 0
     assert summary.max_length == summary.longest_text == 16
     assert calls[-1] == (18, 18)
+
+
+def test_a_table_is_scored_with_a_model_of_any_kind(tmp_path):
+    base = save_causal(tmp_path / "base")
+    specs = [
+        RewardModelSpec(path=str(save_value_head(tmp_path / "value_head"))),
+        RewardModelSpec(path=str(save_gated(tmp_path / "gated"))),
+        RewardModelSpec(path=str(save_adapter(tmp_path / "lora", base))),
+        RewardModelSpec(path=str(save_causal(tmp_path / "dpo", seed=1)), reference_model=str(base)),
+    ]
+    prompts, responses = prompts_and_responses(5)
+    twin = responses.filter(policy_model="a").with_columns(policy_model=pl.lit("twin"))
+    for spec in specs:
+        result = score_responses(spec, prompts, pl.concat([responses, twin]))
+        model = load_reward_model(spec)
+        rows = result.scores.join(responses, on=["prompt_id", "policy_model"]).join(prompts, on="prompt_id")
+        for row in rows.iter_rows(named=True):
+            (alone,) = score_texts(model, [render(model.tokenizer, row["messages"], row["response"], model.spec)])
+            assert row["score"] == pytest.approx(alone, abs=TOLERANCE)
+        assert (result.summary.texts, result.summary.distinct_texts) == (20, 15)
 
 
 def test_a_response_without_prompt_is_an_error(models):
