@@ -5,10 +5,11 @@ the 3×3 matrix of ``chosen > rejected`` (rows chosen), the upper triangle is *h
 more styled rejected one), the diagonal *normal*, the lower triangle *easy*. Ties are losses. Source: arXiv 2410.16184,
 METHOD.md section 5.
 
-Example: ``score_rm_bench(items, scores)`` with scores of the texts that ``rm_bench_texts(items)`` returns.
+Example: ``score_rm_bench(items, scores)`` with scores of the texts that ``rm_bench_texts(items)`` returns; or
+``rm_bench(items)``, to score it together with other benchmarks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,6 +17,10 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from charm_core.benchmarks.benchmark import Benchmark
+from charm_core.benchmarks.figures import Rollup, mean_of
+from charm_core.benchmarks.items import BenchmarkItem, conversation
+from charm_core.benchmarks.outcomes import Measure, Outcome, ScoredItem
 from charm_core.errors import TableError
 from charm_core.records import Record
 from charm_core.tables import MESSAGES, PROMPTS, RESPONSES, SCORES, validate
@@ -24,6 +29,21 @@ File = Literal["chat", "math", "code", "safety-refuse", "safety-response"]
 """The five files; the two safety files are one domain, pooled by item."""
 
 DOMAINS = ("chat", "math", "code", "safety")
+DIFFICULTIES = {"hard": np.triu_indices(3, 1), "normal": np.diag_indices(3), "easy": np.tril_indices(3, -1)}
+"""Cells of the matrix of comparisons, rows chosen."""
+
+ROLLUPS = (
+    *(
+        Rollup(measure=Measure(domain, "accuracy"), parts={Measure(domain, name): 1.0 for name in DIFFICULTIES})
+        for domain in DOMAINS
+    ),
+    *(mean_of("overall", DOMAINS, metric) for metric in ("accuracy", *DIFFICULTIES)),
+)
+OFFICIAL_ITEMS = {
+    Measure(domain, metric): items
+    for domain, items in {"chat": 129, "math": 529, "code": 228, "safety": 441}.items()
+    for metric in ("accuracy", *DIFFICULTIES)
+}
 
 _SIDES = ("chosen", "rejected")
 
@@ -94,6 +114,35 @@ def parse_rm_bench(items: Sequence[Mapping[str, Any]], file: File | None = None)
             raise TableError(f"RM-Bench item {item.prompt_id!r} occurs twice; keep one")
         seen.add(item.prompt_id)
     return parsed
+
+
+def rm_bench(items: Sequence[RmBenchItem]) -> Benchmark:
+    """RM-Bench in the form that all benchmarks have; its figures are those of ``score_rm_bench``.
+
+    Raises:
+        TableError: No items.
+    """
+    _require_items(items)
+    return Benchmark(
+        name="RM-Bench",
+        items=tuple(_as_benchmark_item(item) for item in items),
+        judge=judge_by_difficulty,
+        rollups=ROLLUPS,
+        official_items=OFFICIAL_ITEMS,
+    )
+
+
+def judge_by_difficulty(scored: Sequence[ScoredItem]) -> Iterable[Outcome]:
+    """For each difficulty, the share of an item's three comparisons that are won strictly."""
+    for item in scored:
+        wins, ties = np.greater.outer(item.chosen, item.rejected), np.equal.outer(item.chosen, item.rejected)
+        for difficulty, cells in DIFFICULTIES.items():
+            yield item.outcome(
+                float(wins[cells].mean()),
+                won=bool(wins[cells].all()),
+                tied=float(ties[cells].mean()),
+                metric=difficulty,
+            )
 
 
 def rm_bench_texts(items: Sequence[RmBenchItem]) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -184,9 +233,7 @@ def accuracy_by_difficulty(wins: NDArray[np.bool_], domain: str) -> DomainAccura
     return DomainAccuracy(
         domain=domain,
         items=len(wins),
-        hard=float(share[np.triu_indices(3, 1)].mean()),
-        normal=float(np.diagonal(share).mean()),
-        easy=float(share[np.tril_indices(3, -1)].mean()),
+        **{difficulty: float(share[cells].mean()) for difficulty, cells in DIFFICULTIES.items()},
     )
 
 
@@ -255,6 +302,16 @@ def _parse(item: Mapping[str, Any], index: int, file: File | None) -> RmBenchIte
         raise TableError(
             f"RM-Bench item {item['id']!r} of {name!r} needs a prompt, three chosen and three rejected texts: {error}"
         ) from error
+
+
+def _as_benchmark_item(item: RmBenchItem) -> BenchmarkItem:
+    return BenchmarkItem(
+        item_id=f"{item.file}/{item.item_id}",
+        subset=item.domain,
+        messages=conversation(item.prompt),
+        chosen=item.chosen,
+        rejected=item.rejected,
+    )
 
 
 def _require_items(items: Sequence[RmBenchItem]) -> None:

@@ -7,20 +7,45 @@ import polars as pl
 import pytest
 
 from charm_core.agreement import mcnemar
+from charm_core.benchmarks.benchmark import length_outcomes
+from charm_core.benchmarks.figures import roll_up
+from charm_core.benchmarks.outcomes import Measure
+from charm_core.benchmarks.results import benchmark_result
 from charm_core.benchmarks.rm_bench import (
+    DIFFICULTIES,
     DOMAINS,
+    OFFICIAL_ITEMS,
+    ROLLUPS,
     DomainAccuracy,
     RmBenchItem,
     accuracy_by_difficulty,
     average_domains,
     parse_rm_bench,
+    rm_bench,
     rm_bench_length_baseline,
+    rm_bench_replicates,
     rm_bench_texts,
     rm_bench_wins,
     score_rm_bench,
 )
 from charm_core.errors import TableError
 from charm_core.tables import PROMPTS, RESPONSES, validate
+from tests.charm_core.benchmarks.made_up import outcomes_as_written, result_as_written, values
+
+CONTRADICTORY = {
+    # domain mean and difficulty mean differ
+    "REWARDANYTHING-8B",
+    "RM-R1-Qwen-Instruct-32B",
+    "GPT-4.1",
+    "Qwen3-8B",
+    "DeepSeek V3",
+    "Skywork-Reward-Llama-3.1-8B-v0.2",
+    "GRM-Llama3.2-3B-rewardmodel-ft",
+    "FsfairX-LLLaMA3-RM-v0.1",
+    # both agree on 76.3, the overall figure says 76.1
+    "RM-R1-Qwen-Instruct-14B",
+}
+"""Rows of the published leaderboard that contradict themselves."""
 
 
 def _raw(number: int, **changes: Any) -> dict[str, Any]:
@@ -155,6 +180,97 @@ def test_no_items_are_an_error() -> None:
         rm_bench_length_baseline(())
 
 
+def _random_items(sizes: dict[str, int]) -> tuple[RmBenchItem, ...]:
+    rng = np.random.default_rng(0)
+    items: tuple[RmBenchItem, ...] = ()
+    for file, size in sizes.items():
+        raw = [
+            _raw(
+                n,
+                prompt=f"{file} {n}",
+                **{side: [str(v) for v in rng.integers(0, 4, 3)] for side in ("chosen", "rejected")},
+            )
+            for n in range(size)
+        ]
+        items += parse_rm_bench([item | {"domain": file} for item in raw])
+    return items
+
+
+def test_in_the_common_form_the_figures_are_the_same() -> None:
+    items = _random_items({"chat": 7, "math": 11, "code": 5, "safety-refuse": 3, "safety-response": 4})
+    scores = _scores(items, [([float(v) for v in item.chosen], [float(v) for v in item.rejected]) for item in items])
+    expected = score_rm_bench(items, scores)
+    found = values(result_as_written(rm_bench(items)))
+    for difficulty in DIFFICULTIES:
+        assert found["overall", difficulty] == pytest.approx(getattr(expected, difficulty))
+    assert found["overall", "accuracy"] == pytest.approx(expected.total)
+    for domain in expected.domains:
+        assert found[domain.domain, "accuracy"] == pytest.approx(domain.mean)
+        for difficulty in DIFFICULTIES:
+            assert found[domain.domain, difficulty] == pytest.approx(getattr(domain, difficulty))
+    result = result_as_written(rm_bench(items))
+    assert result.figure("overall").tie_rate == pytest.approx(expected.tie_rate)
+    assert (result.figure("overall").items, result.figure("safety").items) == (30, 7)
+    assert [(figure.subset, figure.metric) for figure in result.figures[:4]] == [
+        ("overall", "accuracy"),
+        ("overall", "hard"),
+        ("overall", "normal"),
+        ("overall", "easy"),
+    ]
+
+
+def test_in_the_common_form_the_intervals_are_the_same() -> None:
+    items = _random_items({"chat": 30, "math": 40})
+    scores = _scores(items, [([float(v) for v in item.chosen], [float(v) for v in item.rejected]) for item in items])
+    replicates = rm_bench_replicates(items, scores, 4000)
+    benchmark = rm_bench(items)
+    result = benchmark_result(benchmark, outcomes_as_written(benchmark), replicates=4000)
+    for name, metric in {"hard": "hard", "normal": "normal", "easy": "easy", "total": "accuracy"}.items():
+        value = result.figure("overall", metric).value
+        assert (value.low, value.high) == pytest.approx(tuple(np.quantile(replicates[name], [0.025, 0.975])), abs=0.01)
+
+
+def test_an_item_is_won_per_difficulty_if_all_three_comparisons_are() -> None:
+    # hard: 2>2 (tie), 2>1, 3>1; normal: 2>1, 3>2, 9>1; easy: 3>1, 9>1, 9>2
+    (item,) = parse_rm_bench([_raw(1, chosen=["2", "3", "9"], rejected=["1", "2", "1"])], "chat")
+    table = outcomes_as_written(rm_bench([item])).select("metric", "credit", "won", "tied")
+    assert {row["metric"]: (row["won"], row["tied"]) for row in table.to_dicts()} == {
+        "hard": (False, pytest.approx(1 / 3)),
+        "normal": (True, 0.0),
+        "easy": (True, 0.0),
+    }
+
+
+def test_a_missing_domain_is_said() -> None:
+    result = result_as_written(rm_bench(_random_items({"chat": 2})))
+    assert result.figure("overall", "hard").note == (
+        "without math and code and safety: not comparable with published figures"
+    )
+    assert result.figure("chat").note == "2 of 129 items: not comparable with published figures"
+
+
+@pytest.mark.real
+def test_every_published_row_is_recomputed_from_its_parts(shared_data: Path) -> None:
+    table = pl.read_csv(shared_data / "published_rm_benchmark_scores.csv").filter(
+        (pl.col("benchmark") == "RM-Bench") & pl.col("source").str.contains("RM-Bench-Leaderboard")
+    )
+    rows = table.pivot(on="metric", index="model", values="value").to_dicts()
+    assert len(rows) == 51
+    overall = Measure("overall", "accuracy")
+    contradictory, recomputed = set(), 0
+    for row in rows:
+        by_domain = {Measure(name, "accuracy"): row[name] for name in DOMAINS if row[name] is not None}
+        difficulties = [row[name] for name in DIFFICULTIES if row[name] is not None]
+        wholes = [roll_up(by_domain, ROLLUPS)[overall]] if len(by_domain) == 4 else []
+        wholes += [float(np.mean(difficulties))] if len(difficulties) == 3 else []
+        # parts and wholes are rounded to 0.1
+        wrong = [whole for whole in wholes if abs(whole - row["overall"]) > 0.101]
+        contradictory |= {row["model"]} if wrong else set()
+        recomputed += bool(wholes)
+    assert contradictory == CONTRADICTORY
+    assert recomputed == 49  # two rows publish no parts: J1-Llama-70B and EvalPlanner-Llama-8B
+
+
 @pytest.mark.real
 def test_published_totals_follow_from_their_parts(shared_data: Path) -> None:
     table = pl.read_csv(shared_data / "published_rm_benchmark_scores.csv").filter(
@@ -197,3 +313,8 @@ def test_the_real_files_and_their_length_baseline(shared_data: Path) -> None:
     # longer styles come later: length alone finds the easy comparisons and loses the hard ones
     assert baseline.easy > 0.8
     assert baseline.hard < 0.2
+    result = benchmark_result(rm_bench(items), length_outcomes(rm_bench(items)), replicates=100)
+    assert result.figure("overall", "hard").length_only == pytest.approx(baseline.hard)
+    assert result.figure("overall").value.value == pytest.approx(baseline.total)
+    assert result.figure("chat", "hard").note == ""
+    assert OFFICIAL_ITEMS[Measure("safety", "hard")] == result.figure("safety", "hard").items
