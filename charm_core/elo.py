@@ -6,13 +6,13 @@ dates, so only differences within one snapshot mean anything; every function her
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, Self
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from charm_core.errors import RatingsError
 from charm_core.tables import RATINGS, validate
@@ -25,14 +25,29 @@ _NEAREST_SHOWN = 5
 
 
 class Alias(BaseModel):
-    """How a policy model is called on the Arena's board."""
+    """How a policy model is called on the Arena's board, as somebody has reviewed it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    policy_model: str = Field(description="Name in the responses or scores.")
-    arena_name: str = Field(description="Name on the board.")
-    match: Literal["exact", "near"] = Field(description="Whether it is the same model or a stand-in for it.")
-    reason: str = Field(description="Why the two belong together; for a near match, how they differ.")
+    policy_model: str = Field(min_length=1, description="Name in the responses or scores.")
+    arena_name: str | None = Field(default=None, min_length=1, description="Name on the board; not for an unknown one.")
+    other_names: tuple[str, ...] = Field(
+        default=(), description="What boards of other publishers call the same entry, such as its display name."
+    )
+    match: Literal["exact", "near", "unknown"] = Field(
+        description="The same model, a stand-in for it, or reviewed and found to have no rating."
+    )
+    reason: str = Field(
+        min_length=1, description="Why the two belong together; how a near match differs; why there is no match."
+    )
+
+    @model_validator(mode="after")
+    def _named_if_known(self) -> Self:
+        if (self.match == "unknown") != (self.arena_name is None):
+            raise ValueError("an exact or near match needs an arena_name, and an unknown one has none")
+        if self.match == "unknown" and self.other_names:
+            raise ValueError("an unknown match has no other_names")
+        return self
 
 
 def win_probability(rating: ArrayLike, other: ArrayLike) -> NDArray[np.float64]:
@@ -115,38 +130,91 @@ def resolve_aliases(
         accept_near: Policy models whose near match the user accepts.
 
     Returns:
-        A RATINGS frame keyed by policy-model name, in sorted order, and the aliases that were applied.
+        A RATINGS frame keyed by policy-model name, in sorted order, and the aliases that were applied, each with the
+        name that this board uses.
 
     Raises:
         RatingsError: An unknown or ambiguous name, or a near match without consent.
     """
-    table = _alias_table(aliases)
     names = ratings.get_column("policy_model").to_list()
-    applied: list[Alias] = []
-    problems: list[str] = []
-    arena_names: list[str] = []
-    for model in policy_models:
-        alias = table.get(model)
-        if alias is None:
-            arena_names.append(model)
-            if model not in set(names):
-                problems.append(_not_rated(model, names))
-            continue
-        if alias.match == "near" and model not in accept_near:
-            problems.append(
-                f"{model!r} is only nearly {alias.arena_name!r} ({alias.reason}); "
-                f"add it to arena.accept_near to use that rating"
-            )
-        if alias.arena_name not in set(names):
-            problems.append(_not_rated(alias.arena_name, names))
-        arena_names.append(alias.arena_name)
-        applied.append(alias)
+    found, problems = _looked_up(policy_models, names, aliases, accept_near)
+    problems += [_not_rated(alias.arena_name or model, names) for model, alias, known in found if not known]
     if problems:
         raise RatingsError("; ".join(problems))
-    chosen = select_ratings(ratings, arena_names).with_columns(
+    reviewed = {alias.policy_model for alias in aliases}
+    chosen = select_ratings(ratings, [known[0] for _, _, known in found]).with_columns(
         pl.Series("policy_model", list(policy_models), pl.String)
     )
-    return validate(chosen, RATINGS), tuple(applied)
+    applied = tuple(
+        alias.model_copy(update={"arena_name": known[0], "other_names": ()})
+        for model, alias, known in found
+        if model in reviewed
+    )
+    return validate(chosen, RATINGS), applied
+
+
+def present_ratings(
+    ratings: pl.DataFrame, policy_models: Sequence[str], aliases: Sequence[Alias], *, accept_near: Sequence[str] = ()
+) -> pl.DataFrame:
+    """Ratings of those policy models that a board has: one of an earlier date may lack some.
+
+    Args:
+        ratings: A RATINGS frame with the board's names.
+        policy_models: Names in the responses or scores.
+        aliases: The reviewed table.
+        accept_near: Policy models whose near match the user accepts.
+
+    Returns:
+        Columns of RATINGS, keyed by policy-model name, in sorted order; no rows if none is rated.
+
+    Raises:
+        RatingsError: A near match without consent, an ambiguous name, or one that is known to have no rating.
+    """
+    names = ratings.get_column("policy_model").to_list()
+    found, problems = _looked_up(policy_models, names, aliases, accept_near)
+    if problems:
+        raise RatingsError("; ".join(problems))
+    known = [(model, names_known[0]) for model, _, names_known in found if names_known]
+    order = pl.DataFrame(known, schema={"model": pl.String, "policy_model": pl.String}, orient="row")
+    rows = order.join(ratings, on="policy_model", how="left", maintain_order="left")
+    return (
+        rows.drop("policy_model").rename({"model": "policy_model"}).select(list(RATINGS.columns)).sort("policy_model")
+    )
+
+
+def _looked_up(
+    policy_models: Sequence[str], names: Sequence[str], aliases: Sequence[Alias], accept_near: Sequence[str]
+) -> tuple[list[tuple[str, Alias, list[str]]], list[str]]:
+    """Each policy model with its alias and the names of it that the board has; and what forbids to use them."""
+    table, known = _alias_table(aliases), set(names)
+    found, problems = [], []
+    for model in policy_models:
+        alias = table.get(model) or Alias(policy_model=model, arena_name=model, match="exact", reason="its own name")
+        present = [name for name in (alias.arena_name, *alias.other_names) if name in known and name is not None]
+        problems += _alias_problems(alias, present, known, consent=model in accept_near)
+        if alias.match != "unknown":
+            found.append((model, alias, present))
+    return found, problems
+
+
+def _alias_problems(alias: Alias, found: Sequence[str], names: Collection[str], *, consent: bool) -> list[str]:
+    """What forbids to use an alias on this board."""
+    model = alias.policy_model
+    if alias.match == "unknown" and model in names:
+        return [f"the alias table says that {model!r} has no rating ({alias.reason}), but this board has; review it"]
+    if alias.match == "unknown":
+        return [f"{model!r} is known to have no rating ({alias.reason}); leave it out"]
+    problems = []
+    if alias.match == "near" and not consent:
+        problems.append(
+            f"{model!r} is only nearly {alias.arena_name!r} ({alias.reason}); "
+            f"add it to arena.accept_near to use that rating"
+        )
+    if len(found) > 1:
+        problems.append(
+            f"{model!r} has several names of the alias table on this board: {', '.join(map(repr, found))}; keep one"
+        )
+    return problems
 
 
 def _alias_table(aliases: Sequence[Alias]) -> Mapping[str, Alias]:
@@ -162,7 +230,14 @@ def _alias_table(aliases: Sequence[Alias]) -> Mapping[str, Alias]:
 
 
 def _not_rated(model: str, names: Sequence[str]) -> str:
+    return (
+        f"policy model {model!r} has no rating on this board ({nearest_names(model, names)}); correct the name or add a "
+        f"reviewed alias"
+    )
+
+
+def nearest_names(model: str, names: Sequence[str]) -> str:
+    """The most similar names in words, for an error message and for nothing else."""
     folded = {name.casefold(): name for name in names}
     nearest = difflib.get_close_matches(model.casefold(), list(folded), n=_NEAREST_SHOWN, cutoff=0.5)
-    hint = f"nearest names: {', '.join(folded[name] for name in nearest)}" if nearest else "no similar name"
-    return f"policy model {model!r} has no rating on this board ({hint}); correct the name or add a reviewed alias"
+    return f"nearest names: {', '.join(folded[name] for name in nearest)}" if nearest else "no similar name"

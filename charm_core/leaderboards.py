@@ -1,21 +1,132 @@
-"""Leaderboard documents in the formats that people publish, to one RATINGS frame.
+"""Leaderboards in the formats that people publish, to one RATINGS frame each.
 
 Parsing only: fetching and storing is the business of tasks/arena.py. Nothing is guessed: a document in which the wanted
-board is missing or ambiguous is an error that lists what there is.
+board is missing or ambiguous is an error that lists what there is, and one whose form has changed is an error that shows
+what was expected and what was found. Tables of many dates are in ``leaderboard_history.py``.
 """
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import polars as pl
+from pydantic import Field
 
 from charm_core.errors import RatingsError
+from charm_core.records import Record
 from charm_core.tables import RATINGS, validate
 
-_OVERALL = "overall"
+DateKind = Literal["published", "committed", "collected", "stated"]
+"""What a board's date is: of publication, of a commit in a mirror, of a mirror's collecting, or stated without saying."""
+
+TableFormat = Literal["ratings", "snapshots", "official", "mirror", "battles"]
+
+FORMATS: Mapping[TableFormat, tuple[str, ...]] = {
+    "ratings": ("policy_model", "rating"),
+    "snapshots": ("date", "model", "category", "style_control", "rating", "ci_low", "ci_high", "votes", "source"),
+    "official": (
+        "model_name", "rating", "rating_lower", "rating_upper", "vote_count", "category", "leaderboard_publish_date",
+    ),
+    "mirror": ("model", "arena_score", "95_pct_ci", "votes"),
+    "battles": ("model_a", "model_b", "winner"),
+}  # fmt: skip
+"""Columns by which a table is recognised; all of them are needed."""
+
+OVERALL = "overall"
 _CATALOG_OVERALL = "full"
 _NAMES_SHOWN = 30
+_STYLE_BY_DEFAULT = datetime.date(2025, 5, 16)
+_STYLED_SITES = ("text", "vision")
+_HALF_WIDTHS = r"^\+(\d+(?:\.\d+)?)\s*/\s*[-−](\d+(?:\.\d+)?)$"
+
+
+class BoardQuery(Record):
+    """Which board of a document is wanted."""
+
+    category: str = Field(OVERALL, description="Board category.")
+    style_control: bool = Field(False, description="Whether style-controlled ratings are wanted.")
+    date: datetime.date | None = Field(None, description="Its date.")
+    date_kind: DateKind = Field("stated", description="What kind of date that is, where the document does not say.")
+    publisher: str | None = Field(None, description="Who published it, where several did.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DatedBoard:
+    """One board of one date."""
+
+    ratings: pl.DataFrame
+    """A RATINGS frame."""
+    category: str
+    style_control: bool
+    date: datetime.date | None
+    date_kind: DateKind
+    publisher: str | None = None
+    """Who published it, if the document says so."""
+    notes: tuple[str, ...] = ()
+
+
+def table_format(columns: Sequence[str]) -> TableFormat:
+    """Recognise a table by its columns.
+
+    Raises:
+        RatingsError: No known format; the closest one is named with what it lacks.
+    """
+    for name, needed in FORMATS.items():
+        if set(needed) <= set(columns):
+            return name
+    closest = max(FORMATS, key=lambda name: len(set(FORMATS[name]) & set(columns)) / len(FORMATS[name]))
+    missing = [column for column in FORMATS[closest] if column not in columns]
+    raise RatingsError(
+        f"the columns {list(columns)} are those of no leaderboard format that CHARM knows; expected for the closest one, "
+        f"{closest!r}: {list(FORMATS[closest])}, of which it lacks the columns {missing}; if the publisher changed the "
+        f"format, rename the columns"
+    )
+
+
+def board_from_document(document: Mapping[str, Any], query: BoardQuery) -> DatedBoard:
+    """A JSON document: arena-catalog's, or a copy of the Arena's page with a meta block.
+
+    Raises:
+        RatingsError: The wanted board is not in it, or its form is not the one expected.
+        TableError: Bad values, see ``tables.validate``.
+    """
+    if "meta" in document and "models" in document:
+        return board_from_site(document, query)
+    return DatedBoard(
+        ratings=ratings_from_catalog(document, category=query.category),
+        category=query.category,
+        style_control=query.style_control,
+        date=query.date,
+        date_kind=query.date_kind,
+        publisher=query.publisher,
+    )
+
+
+def board_from_table(table: pl.DataFrame, query: BoardQuery) -> DatedBoard:
+    """A table of one board: our own columns, or those of the CSV mirrors.
+
+    Raises:
+        RatingsError: A needed column is missing, or an interval is not of the form ``+5/-5``.
+        TableError: Bad values, see ``tables.validate``.
+    """
+    notes: tuple[str, ...] = ()
+    if table_format(table.columns) == "ratings":
+        ratings = ratings_from_table(table)
+    elif query.category != OVERALL:
+        raise RatingsError(f"a CSV mirror holds the overall board only, not {query.category!r}; use another source")
+    else:
+        ratings, notes = ratings_from_mirror(table)
+    return DatedBoard(
+        ratings=ratings,
+        category=query.category,
+        style_control=query.style_control,
+        date=query.date,
+        date_kind=query.date_kind,
+        publisher=query.publisher,
+        notes=notes,
+    )
 
 
 def ratings_from_table(table: pl.DataFrame) -> pl.DataFrame:
@@ -34,47 +145,6 @@ def ratings_from_table(table: pl.DataFrame) -> pl.DataFrame:
     return validate(table.with_columns(absent).select(list(RATINGS.columns)), RATINGS)
 
 
-def ratings_from_snapshots(
-    snapshots: pl.DataFrame, *, date: datetime.date | None, category: str, style_control: bool, publisher: str | None
-) -> pl.DataFrame:
-    """One snapshot out of a long table of many.
-
-    Args:
-        snapshots: Columns date, model, category, style_control, rating, ci_low, ci_high, votes, source; rows marked
-            ``relabelled`` or ``rating_system == "online_elo"`` are left out, for they are known to be wrong or noise.
-        date: Date of the snapshot.
-        category: Board category, such as ``overall``.
-        style_control: Whether the style-controlled ratings are wanted.
-        publisher: Value of ``source``, needed where several published one on that date.
-
-    Raises:
-        RatingsError: No such snapshot (dates near it are listed), or several; a column of the wrong type.
-        TableError: Bad values, see ``tables.validate``.
-    """
-    needed = ["date", "model", "category", "style_control", "rating", "ci_low", "ci_high", "votes", "source"]
-    missing = [name for name in needed if name not in snapshots.columns]
-    if missing:
-        raise RatingsError(f"the snapshots table lacks the columns {missing}; it has {snapshots.columns}")
-    if date is None:
-        raise RatingsError("a table of many snapshots needs arena.date; give the date of the one to use")
-    board = _trusted(_typed(snapshots)).filter(
-        pl.col("category") == category,
-        pl.col("style_control") == style_control,
-        pl.lit(True) if publisher is None else pl.col("source") == publisher,
-    )
-    found = board.filter(pl.col("date") == date)
-    if found.is_empty():
-        near = sorted(set(board.get_column("date").to_list()), key=lambda day: abs((day - date).days))[:5]
-        raise RatingsError(
-            f"no snapshot of {date} for category {category!r}, style_control={style_control}"
-            f"{f', publisher {publisher!r}' if publisher else ''}; nearest dates: {', '.join(map(str, near)) or 'none'}"
-        )
-    publishers = found.get_column("source").unique().sort().to_list()
-    if len(publishers) > 1:
-        raise RatingsError(f"{len(publishers)} publishers have a snapshot of {date}: {publishers}; set arena.publisher")
-    return _canonical(found, "model", "ci_low", "ci_high")
-
-
 def ratings_from_catalog(document: Mapping[str, Any], *, category: str) -> pl.DataFrame:
     """arena-catalog's JSON: category, then model, then rating with 2.5 % and 97.5 % quantiles.
 
@@ -82,7 +152,7 @@ def ratings_from_catalog(document: Mapping[str, Any], *, category: str) -> pl.Da
         RatingsError: The category is missing, or an entry lacks a field.
         TableError: Bad values, see ``tables.validate``.
     """
-    key = _CATALOG_OVERALL if category == _OVERALL else category
+    key = _CATALOG_OVERALL if category == OVERALL else category
     if key not in document:
         raise RatingsError(f"the leaderboard has no category {key!r}; it has {_some(list(document))}")
     board = document[key]
@@ -92,47 +162,139 @@ def ratings_from_catalog(document: Mapping[str, Any], *, category: str) -> pl.Da
         )
     fields = ("rating", "rating_q025", "rating_q975")
     for model, entry in board.items():
-        if not (isinstance(entry, Mapping) and all(isinstance(entry.get(field), (int, float)) for field in fields)):
+        if not (isinstance(entry, Mapping) and all(_is_number(entry.get(field)) for field in fields)):
             raise RatingsError(f"the entry of {model!r} needs the numbers {list(fields)} but is {entry!r}")
     rows = [{"model": model, **{field: float(entry[field]) for field in fields}} for model, entry in board.items()]
     table = pl.DataFrame(rows, infer_schema_length=None).with_columns(votes=pl.lit(None, dtype=pl.Int64))
-    return _canonical(table, "model", "rating_q025", "rating_q975")
+    return validate(renamed(table, "model", "rating", "rating_q025", "rating_q975", "votes"), RATINGS)
 
 
-def _trusted(snapshots: pl.DataFrame) -> pl.DataFrame:
-    kept = snapshots
-    if "relabelled" in kept.columns:
-        kept = kept.filter(~pl.col("relabelled").cast(pl.Boolean).fill_null(value=False))
-    if "rating_system" in kept.columns:
-        kept = kept.filter(pl.col("rating_system").fill_null("bradley_terry") != "online_elo")
-    return kept
+def ratings_from_mirror(table: pl.DataFrame) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """A CSV mirror's table: whole-number ratings, intervals such as ``+5/-5``, display names.
 
+    Returns:
+        A RATINGS frame, and remarks on rows that were left out.
 
-def _typed(snapshots: pl.DataFrame) -> pl.DataFrame:
-    """CSV files have their dates as text."""
-    dates = snapshots.get_column("date")
-    days = dates.str.to_date("%Y-%m-%d", strict=False) if dates.dtype == pl.String else dates
-    if days.dtype != pl.Date or days.null_count():
-        raise RatingsError(
-            f"column 'date' of the snapshots must hold dates such as 2025-02-28, not {dates.head(3).to_list()}"
-        )
-    for name in ("style_control", "relabelled"):
-        if snapshots.schema.get(name, pl.Boolean) not in (pl.Boolean, pl.Null):
-            raise RatingsError(f"column {name!r} of the snapshots must be true or false, not {snapshots.schema[name]}")
-    return snapshots.with_columns(days)
-
-
-def _canonical(table: pl.DataFrame, model: str, low: str, high: str) -> pl.DataFrame:
-    return validate(
-        table.select(
-            pl.col(model).alias("policy_model"),
-            "rating",
-            pl.col(low).alias("rating_low"),
-            pl.col(high).alias("rating_high"),
-            "votes",
-        ),
-        RATINGS,
+    Raises:
+        RatingsError: An interval of another form.
+        TableError: Bad values, see ``tables.validate``.
+    """
+    width = pl.col("95_pct_ci").cast(pl.String).str.strip_chars()
+    found = table.with_columns(
+        up=width.str.extract(_HALF_WIDTHS, 1).cast(pl.Float64),
+        down=width.str.extract(_HALF_WIDTHS, 2).cast(pl.Float64),
     )
+    unread = found.filter(width.is_not_null() & pl.col("up").is_null())
+    if not unread.is_empty():
+        row = unread.row(0, named=True)
+        raise RatingsError(
+            f"the interval of {row['model']!r} must look like +5/-5, not {row['95_pct_ci']!r}; "
+            f"if the publisher changed the format, convert the column 95_pct_ci"
+        )
+    bounds = found.with_columns(low=pl.col("arena_score") - pl.col("down"), high=pl.col("arena_score") + pl.col("up"))
+    return canonical_ratings(renamed(bounds, "model", "arena_score", "low", "high", "votes"))
+
+
+def board_from_site(document: Mapping[str, Any], query: BoardQuery) -> DatedBoard:
+    """A copy of the Arena's page: a meta block, and the top models with score and half-width of the interval.
+
+    Raises:
+        RatingsError: Another form, another date, another category, cut off, or ratings that are style-controlled while
+            others were asked for.
+        TableError: Bad values, see ``tables.validate``.
+    """
+    meta, models = document["meta"], document["models"]
+    _check_site(meta, models, query)
+    date = _written_date(meta["last_updated"])
+    if query.date not in (None, date):
+        raise RatingsError(f"the document is of {date} (last_updated), not of {query.date}; correct arena.date")
+    if not query.style_control and meta.get("leaderboard") in _STYLED_SITES and date >= _STYLE_BY_DEFAULT:
+        raise RatingsError(
+            f"the Arena's {meta['leaderboard']} page of {date} shows style-controlled ratings, as it does by default since "
+            f"{_STYLE_BY_DEFAULT}; set arena.style_control = true, or take ratings without it from another source"
+        )
+    rows = [
+        {
+            "policy_model": entry["model"],
+            "rating": float(entry["score"]),
+            "rating_low": float(entry["score"]) - entry["ci"],
+            "rating_high": float(entry["score"]) + entry["ci"],
+            "votes": entry.get("votes"),
+        }
+        for entry in models
+    ]
+    ratings, notes = canonical_ratings(pl.DataFrame(rows, schema=dict(RATINGS.columns)))
+    cut = f"the source lists its top {len(models)} models only: one that is missing may be rated lower"
+    return DatedBoard(
+        ratings=ratings,
+        category=OVERALL,
+        style_control=query.style_control,
+        date=date,
+        date_kind="published",
+        publisher=query.publisher,
+        notes=(*notes, cut),
+    )
+
+
+def style_by_name(name: str) -> bool | None:
+    """What a file's name says about style control; None if it says nothing."""
+    if re.search(r"style[-_ ]?c(?:on)?tr(?:o)?l", name, re.IGNORECASE):
+        return True
+    return False if re.search(r"leaderboard-(?:text|vision)\.json$", name) else None
+
+
+def renamed(table: pl.DataFrame, model: str, rating: str, low: str, high: str, votes: str) -> pl.DataFrame:
+    """The columns of RATINGS out of those of another table."""
+    columns = zip(RATINGS.columns, (model, rating, low, high, votes), strict=True)
+    return table.select(pl.col(theirs).alias(ours) for ours, theirs in columns)
+
+
+def canonical_ratings(table: pl.DataFrame) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """A RATINGS frame from published rows: a row that occurs twice counts once, and contradictory ones not at all.
+
+    Returns:
+        The frame, and remarks on the models that were left out.
+
+    Raises:
+        TableError: Bad values, see ``tables.validate``.
+    """
+    rows = table.unique(maintain_order=True)
+    twice = rows.filter(pl.col("policy_model").is_duplicated()).get_column("policy_model").unique().sort().to_list()
+    kept = rows.filter(~pl.col("policy_model").is_in(twice))
+    note = f"left out, because the board gives them several ratings: {', '.join(twice)}"
+    return validate(kept, RATINGS), (note,) if twice else ()
+
+
+def _check_site(meta: Any, models: Any, query: BoardQuery) -> None:
+    fields: dict[str, tuple[type, ...]] = {"model": (str,), "score": (int, float), "ci": (int, float)}
+    if not (isinstance(meta, Mapping) and isinstance(meta.get("last_updated"), str)):
+        raise RatingsError(f"the meta block needs last_updated, the date of publication, but is {meta!r}")
+    if not (isinstance(models, Sequence) and models and all(isinstance(entry, Mapping) for entry in models)):
+        raise RatingsError("models must be a list of entries with model, score and ci; check the file's format")
+    for entry in models:
+        if not all(isinstance(entry.get(name), kind) for name, kind in fields.items()):
+            raise RatingsError(f"an entry needs {list(fields)} (a name and two numbers) but is {dict(entry)!r}")
+    if meta.get("model_count", len(models)) != len(models):
+        raise RatingsError(
+            f"the document says that it lists {meta['model_count']} models but has {len(models)}; it was cut off"
+        )
+    if query.category != OVERALL:
+        raise RatingsError(
+            f"a copy of the Arena's page holds the overall board only, not {query.category!r}; use another source"
+        )
+
+
+def _written_date(text: str) -> datetime.date:
+    for form in ("%b %d, %Y", "%Y-%m-%d"):
+        # Polars reads English month names whatever the machine's language
+        date: datetime.date | None = pl.Series([text]).str.to_date(form, strict=False)[0]
+        if date is not None:
+            return date
+    raise RatingsError(f"last_updated must be a date such as 'Mar 26, 2026' or 2026-03-26, not {text!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _some(names: Sequence[str]) -> str:

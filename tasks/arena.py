@@ -1,21 +1,40 @@
-"""Ratings: read a board, or fit one from battles, and put it under the names that the responses use."""
+"""Ratings: obtain a board from wherever it is published, or fit one from votes, and put it under the responses' names.
+
+Fetching looks every time; what is read out of a file is cached by the file's content. Where a board came from is added
+outside of the cached steps, so that it is always this run's.
+"""
 
 import datetime
-import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import polars as pl
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from charm_core.bradley_terry import ratings_from_battles
 from charm_core.elo import Alias, resolve_aliases
-from charm_core.errors import ConfigError, RatingsError
-from charm_core.leaderboards import ratings_from_catalog, ratings_from_snapshots, ratings_from_table
+from charm_core.errors import ConfigError
+from charm_core.leaderboard_history import (
+    BoardHistory,
+)
+from charm_core.leaderboards import (
+    BoardQuery,
+    DateKind,
+)
+from charm_core.raw_battles import BattleTable
 from charm_core.tables import BATTLES, RATINGS
-from tasks.caching import step
-from tasks.store import ArtifactRef, ArtifactStore, SourceFile, read_source
+from tasks.caching import current_store, step
+from tasks.fetching import FetchConfig
+from tasks.rating_reading import read_boards
+from tasks.rating_sources import HUB, Located, Origin, SourceQuery, local_file, locate
+from tasks.snapshots import BoardName, KeptSnapshot, RatingSnapshot, find_snapshot, keep_snapshots
+from tasks.store import ArtifactRef, ArtifactStore, SourceFile
+
+DATE_NOTES: dict[DateKind, str] = {
+    "committed": "the date is that of a commit in the mirror, not of publication",
+    "collected": "the date is that on which the mirror was filled, not of publication",
+}
+"""What a report says about a date that is not that of publication."""
 
 
 class ArenaConfig(BaseModel):
@@ -24,59 +43,160 @@ class ArenaConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(
-        description="Leaderboard file: arena-catalog JSON; a Parquet or CSV of many snapshots; "
-        "or one with the columns policy_model and rating (rating_low, rating_high, votes)."
+        default="",
+        description="Path or https address of a leaderboard (arena-catalog JSON, CSV mirror, JSON with a meta block, a table of "
+        "many snapshots, one with policy_model and rating, or raw votes); or the official dataset: its hub id, "
+        "lmarena-ai/leaderboard-dataset, or a folder with its files.",
+    )
+    snapshot: str | None = Field(
+        default=None,
+        description="Instead of a source: a snapshot in the store, by its date or the beginning of its digest.",
     )
     date: datetime.date | None = Field(
-        default=None, description="Date of the snapshot: chooses it in a file of many, and is shown with the results."
+        default=None,
+        description="Date of the board: chooses it in a source of many, and is shown with the results. Of the official dataset the "
+        "latest board is taken without it.",
     )
-    category: str = Field(default="overall", description="Board category.")
+    date_kind: DateKind = Field(
+        default="stated",
+        description="What kind of date that is, where neither the source nor its publisher is known to say.",
+    )
+    category: str = Field(default="overall", description="Board category, as its publisher calls it.")
     style_control: bool = Field(default=False, description="Whether the ratings are (to be) style-controlled.")
+    arena: str = Field(default="text", description="Arena: text, vision, ...; a configuration of the official dataset.")
     publisher: str | None = Field(
-        default=None, description="Who published the snapshot, where several did on one date."
+        default=None,
+        description="Who published the board: chooses it where several did on one date, and names a file that does not say.",
     )
+    revision: str | None = Field(default=None, description="Hub dataset: branch, tag or commit; default: main.")
+    hub_endpoint: str = Field(default=HUB, description="Hub dataset: address of the hub.")
     licence: str = Field(default="", description="Licence of the ratings, shown with the results.")
+    attribution: str = Field(default="", description="Whom to name as their source.")
+    battles: BattleTable = Field(default=BattleTable(), description="Raw votes only: what the table looks like.")
+    fetching: FetchConfig = Field(default=FetchConfig(), description="How files are fetched from the web.")
     aliases: str | None = Field(
         default=None,
-        description="TOML file of reviewed aliases: policy_model, arena_name, match (exact, near), reason.",
+        description="TOML file of reviewed aliases: policy_model, arena_name, match (exact, near, unknown), reason.",
     )
     accept_near: tuple[str, ...] = Field(
         default=(), description="Policy models for which a near match in the alias file may be used."
     )
 
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if bool(self.source) == (self.snapshot is not None):
+            raise ValueError("give a source or a snapshot, and only one of them")
+        if self.snapshot is not None and self.date is not None:
+            raise ValueError("a snapshot says which date it is of; leave date out")
+        return self
+
     def identity(self) -> dict[str, Any]:
-        """What goes into cache keys of the whole board: the files come in by their content."""
-        return self.model_dump(mode="json", exclude={"source", "aliases", "accept_near"})
+        """What decides what is read out of a file: not where it lies, and not under which names it is used."""
+        read = {"date", "date_kind", "category", "style_control", "publisher"}
+        return self.model_dump(mode="json", include=read) | {
+            "battles": self.battles.model_dump(mode="json", exclude={"responses"})
+        }
+
+    def query(self) -> BoardQuery:
+        """Which board of a document is wanted."""
+        return BoardQuery(
+            category=self.category,
+            style_control=self.style_control,
+            date=self.date,
+            date_kind=self.date_kind,
+            publisher=self.publisher,
+        )
 
 
 class Board(BaseModel):
-    """One snapshot of ratings and where it comes from."""
+    """One board of one date and where it comes from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ratings: ArtifactRef
-    name: str
+    name: str = "Chatbot Arena"
+    arena: str = "text"
+    publisher: str = Field(default="", description="Who published it.")
     category: str
     style_control: bool
     date: datetime.date | None
-    source: str
+    date_kind: DateKind = Field(default="stated", description="What kind of date it is.")
+    source: str = Field(default="", description="Where it comes from, for people.")
+    url: str = Field(default="", description="Path or address.")
+    revision: str | None = Field(default=None, description="Commit of the source, where it has one.")
+    document_digest: str = Field(default="", description="SHA-256 of the file that it was read from.")
     licence: str = ""
+    attribution: str = ""
+    snapshot: str | None = Field(default=None, description="Digest of the snapshot that it is kept as.")
     notes: tuple[str, ...] = ()
+
+    def named(self) -> BoardName:
+        """Which board it is, whatever the date."""
+        return BoardName(**{field: getattr(self, field) for field in BoardName.model_fields})
+
+
+class Boards(BaseModel):
+    """Boards of many dates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    boards: tuple[Board, ...]
+    notes: tuple[str, ...] = Field(default=(), description="What was left out as a whole.")
+
+
+def obtain_board(config: ArenaConfig) -> Board:
+    """The board that the settings name, kept as a snapshot.
+
+    Raises:
+        ConfigError: The source does not exist, is refused, or contradicts the settings.
+        RatingsError: The board is not there, or its form has changed.
+        ServiceError: A server does not answer, or not as it should.
+    """
+    store = current_store()
+    if config.snapshot is not None:
+        return board_of(_find_pinned(store, config, config.snapshot))
+    located, responses = _located(store, config, every_date=False)
+    board = collect_ratings(located.files[0], config, located.files[1:], responses)
+    return _kept(store, [_placed(board, located, config)])[0]
+
+
+def obtain_history(config: ArenaConfig) -> Boards:
+    """All dates of the boards that the settings name, each kept as a snapshot; of every publisher, if none is named.
+
+    Raises:
+        ConfigError, RatingsError, ServiceError: As ``obtain_board``.
+    """
+    store = current_store()
+    if config.snapshot is not None:
+        raise ConfigError("a history needs arena.source: a snapshot is of one date")
+    located, responses = _located(store, config, every_date=True)
+    found = collect_history(located.files[0], config, located.files[1:], responses)
+    placed = [_placed(board, located, config) for board in found.boards]
+    return Boards(boards=tuple(_kept(store, placed)), notes=found.notes)
 
 
 @step(version=1)
-def collect_ratings(store: ArtifactStore, file: SourceFile, config: ArenaConfig) -> Board:
-    """Read one board from a leaderboard file."""
-    ratings = store.write_table(_read_board(file, config), RATINGS)
-    return Board(
-        ratings=ratings,
-        name="Chatbot Arena",
-        category=config.category,
-        style_control=config.style_control,
-        date=config.date,
-        source=f"{Path(file.path).name}{f' ({config.publisher})' if config.publisher else ''}",
-        licence=config.licence,
-    )
+def collect_ratings(
+    store: ArtifactStore,
+    file: SourceFile,
+    config: ArenaConfig,
+    parts: tuple[SourceFile, ...] = (),
+    responses: SourceFile | None = None,
+) -> Board:
+    """Read one board from a leaderboard, whose table may have several parts, or fit it to votes."""
+    return _stored(store, read_boards((file, *parts), responses, config.query(), config.battles)).boards[0]
+
+
+@step(version=1)
+def collect_history(
+    store: ArtifactStore,
+    file: SourceFile,
+    config: ArenaConfig,
+    parts: tuple[SourceFile, ...] = (),
+    responses: SourceFile | None = None,
+) -> Boards:
+    """Read the boards of all dates."""
+    return _stored(store, read_boards((file, *parts), responses, config.query(), config.battles, every_date=True))
 
 
 @step(version=1)
@@ -114,6 +234,23 @@ def match_ratings(
     return board.model_copy(update={"ratings": store.write_table(ratings, RATINGS), "notes": board.notes + notes})
 
 
+def kept_note(digest: str) -> str:
+    """What a report says about where a board is kept."""
+    return f"kept as snapshot {digest[:12]}"
+
+
+def board_of(kept: KeptSnapshot) -> Board:
+    """The board that a snapshot keeps."""
+    snapshot = kept.snapshot
+    return Board(
+        **snapshot.board.model_dump(),
+        **{field: getattr(snapshot, field) for field in RatingSnapshot.model_fields if field not in ("board", "notes")},
+        source=f"snapshot {kept.short} of {snapshot.board.publisher}",
+        snapshot=kept.digest,
+        notes=snapshot.notes,
+    )
+
+
 def read_aliases(file: SourceFile) -> list[Alias]:
     """Read a reviewed alias file: TOML with one ``[[alias]]`` table per entry.
 
@@ -133,21 +270,74 @@ class _AliasFile(BaseModel):
     alias: tuple[Alias, ...]
 
 
-def _read_board(file: SourceFile, config: ArenaConfig) -> pl.DataFrame:
-    if file.path.endswith(".json"):
-        try:
-            document = json.loads(file.read_text())
-        except ValueError as error:
-            raise RatingsError(f"{file.path} is not JSON: {error}") from None
-        if isinstance(document, dict):
-            return ratings_from_catalog(document, category=config.category)
-    table = read_source(file)
-    if "policy_model" in table.columns:
-        return ratings_from_table(table)
-    return ratings_from_snapshots(
-        table,
-        date=config.date,
-        category=config.category,
+def _located(store: ArtifactStore, config: ArenaConfig, *, every_date: bool) -> tuple[Located, SourceFile | None]:
+    folder = Path(store.work_folder, "fetched")
+    query = SourceQuery(
+        source=config.source,
+        arena=config.arena,
         style_control=config.style_control,
-        publisher=config.publisher,
+        whole_history=every_date or config.date is not None,
+        revision=config.revision,
+        hub_endpoint=config.hub_endpoint,
+        fetching=config.fetching,
     )
+    beside = config.battles.responses
+    return locate(query, folder), local_file(beside, config.fetching, folder) if beside else None
+
+
+def _placed(board: Board, located: Located, config: ArenaConfig) -> Board:
+    """A board that was read, with where it was read from."""
+    origin: Origin = located.origin
+    named = f" ({board.publisher})" if board.publisher and board.publisher != origin.publisher else ""
+    dated = (DATE_NOTES[board.date_kind],) if board.date and board.date_kind in DATE_NOTES else ()
+    return board.model_copy(
+        update={
+            "arena": config.arena,
+            "publisher": board.publisher or origin.publisher,
+            "source": f"{origin.shown}{named}",
+            "url": origin.url,
+            "revision": origin.revision,
+            "document_digest": located.files[0].digest,
+            "licence": config.licence or origin.licence,
+            "attribution": config.attribution or origin.attribution,
+            "notes": board.notes + origin.notes + dated,
+        }
+    )
+
+
+def _kept(store: ArtifactStore, boards: list[Board]) -> list[Board]:
+    snapshots = [
+        RatingSnapshot(
+            board=board.named(),
+            **{field: getattr(board, field) for field in RatingSnapshot.model_fields if field != "board"},
+        )
+        for board in boards
+    ]
+    return [
+        board.model_copy(update={"snapshot": kept.digest, "notes": (*board.notes, kept_note(kept.digest))})
+        for board, kept in zip(boards, keep_snapshots(store, snapshots), strict=True)
+    ]
+
+
+def _find_pinned(store: ArtifactStore, config: ArenaConfig, pin: str) -> KeptSnapshot:
+    """A digest says which board it is, a date does not: then the defaults count too."""
+    fields = ("publisher", "category", "style_control", "arena")
+    asked = {field: getattr(config, field) for field in fields if field in config.model_fields_set}
+    usual = {"category": config.category, "style_control": config.style_control, "arena": config.arena}
+    return find_snapshot(store, pin, asked, by_date=usual)
+
+
+def _stored(store: ArtifactStore, history: BoardHistory) -> Boards:
+    boards = tuple(
+        Board(
+            ratings=store.write_table(board.ratings, RATINGS),
+            publisher=board.publisher or "",
+            category=board.category,
+            style_control=board.style_control,
+            date=board.date,
+            date_kind=board.date_kind,
+            notes=board.notes,
+        )
+        for board in history.boards
+    )
+    return Boards(boards=boards, notes=history.notes)

@@ -55,6 +55,11 @@ def use_store(store: ArtifactStore) -> Iterator[ArtifactStore]:
         _store.reset(token)
 
 
+def current_store() -> ArtifactStore:
+    """The store that ``use_store`` named: for what only looks things up, outside of steps."""
+    return _store.get()
+
+
 def content_key(step: str, version: int, inputs: Mapping[str, Any]) -> str:
     """Cache key of a step.
 

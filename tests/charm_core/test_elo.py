@@ -7,10 +7,12 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from charm_core.elo import (
     ELO_POINTS_PER_LOGIT,
     Alias,
+    present_ratings,
     rating_standard_errors,
     resolve_aliases,
     select_ratings,
@@ -180,3 +182,53 @@ def test_all_problems_come_in_one_message():
 def test_resolved_ratings_are_sorted_and_keep_their_own_interval():
     ratings, _ = resolve_aliases(board(a=1.0, b=2.0), ["zed", "a"], [alias("zed", "b")])
     assert ratings.select("policy_model", "rating", "rating_low").rows() == [("a", 1.0, -9.0), ("zed", 2.0, -8.0)]
+
+
+def unknown(policy_model: str) -> Alias:
+    return Alias(policy_model=policy_model, match="unknown", reason="a private model")
+
+
+def test_a_model_that_was_reviewed_and_has_no_rating_says_why():
+    with pytest.raises(RatingsError, match=r"'mine' is known to have no rating .a private model.; leave it out"):
+        resolve_aliases(board(a=1.0), ["mine"], [unknown("mine")])
+    with pytest.raises(RatingsError, match=r"alias table says that 'a' has no rating .*but this board has; review it"):
+        resolve_aliases(board(a=1.0), ["a"], [unknown("a")])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"match": "unknown", "arena_name": "a"},
+        {"match": "exact"},
+        {"match": "near", "arena_name": ""},
+        {"match": "unknown", "other_names": ("x",)},
+        {"match": "exact", "arena_name": "a", "reason": ""},
+    ],
+)
+def test_entries_that_contradict_themselves_are_refused(entry: dict[str, object]):
+    with pytest.raises(ValidationError):
+        Alias.model_validate({"policy_model": "mine", "reason": "because"} | entry)
+
+
+def test_a_mirrors_other_name_is_used_and_reported():
+    entry = alias("mine", "arena").model_copy(update={"other_names": ("Arena (display)", "ARENA")})
+    ratings, applied = resolve_aliases(named_board({"ARENA": 7.0}), ["mine"], [entry])
+    assert ratings["rating"].to_list() == [7.0]
+    assert (applied[0].arena_name, applied[0].other_names) == ("ARENA", ())
+    with pytest.raises(RatingsError, match=r"several names of the alias table on this board: 'arena', 'ARENA'"):
+        resolve_aliases(named_board({"ARENA": 7.0, "arena": 8.0}), ["mine"], [entry])
+
+
+def test_earlier_boards_may_lack_a_model():
+    table = [alias("mine", "arena"), alias("late", "arena-late")]
+    found = present_ratings(board(arena=7.0, a=1.0), ["mine", "late", "a", "b"], table)
+    assert found.select("policy_model", "rating").rows() == [("a", 1.0), ("mine", 7.0)]
+    assert present_ratings(board(x=1.0), ["mine"], table).is_empty()
+    assert present_ratings(board(x=1.0), [], table).schema == RATINGS.columns
+
+
+def test_what_forbids_an_alias_forbids_it_on_earlier_boards_too():
+    with pytest.raises(RatingsError, match=r"only nearly"):
+        present_ratings(board(x=1.0), ["mine"], [alias("mine", "arena", "near")])
+    with pytest.raises(RatingsError, match=r"known to have no rating"):
+        present_ratings(board(x=1.0), ["mine"], [unknown("mine")])

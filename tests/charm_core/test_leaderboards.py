@@ -9,7 +9,16 @@ import polars as pl
 import pytest
 
 from charm_core.errors import RatingsError, TableError
-from charm_core.leaderboards import ratings_from_catalog, ratings_from_snapshots, ratings_from_table
+from charm_core.leaderboard_history import ratings_from_snapshots
+from charm_core.leaderboards import (
+    BoardQuery,
+    board_from_document,
+    board_from_table,
+    ratings_from_catalog,
+    ratings_from_table,
+    style_by_name,
+    table_format,
+)
 
 DAY = datetime.date(2025, 2, 28)
 
@@ -181,11 +190,118 @@ def test_the_real_catalog_has_every_category_it_names(shared_data: Path):
     assert ratings_from_catalog(document, category="overall").equals(ratings_from_catalog(document, category="full"))
 
 
+STYLED = BoardQuery(style_control=True)
+
+
+def site(*models: dict[str, object], **meta: object) -> dict[str, object]:
+    entries = list(models) or [{"rank": 1, "model": "m", "score": 1500, "ci": 6, "votes": 10}]
+    return {"meta": {"leaderboard": "text", "last_updated": "Mar 26, 2026", **meta}, "models": entries}
+
+
+def mirror(**changes: object) -> pl.DataFrame:
+    return pl.DataFrame([{"model": "M-1", "arena_score": 1400, "95_pct_ci": "+5/-4", "votes": 9} | changes])
+
+
+def test_a_copy_of_the_arenas_page():
+    board = board_from_document(site(model_count=1), STYLED)
+    assert board.ratings.rows() == [("m", 1500.0, 1494.0, 1506.0, 10)]
+    assert (board.date, board.date_kind) == (datetime.date(2026, 3, 26), "published")
+    assert board.notes == ("the source lists its top 1 models only: one that is missing may be rated lower",)
+
+
+def test_the_page_before_style_control_was_the_default():
+    assert board_from_document(site(last_updated="2025-05-15"), BoardQuery()).date == datetime.date(2025, 5, 15)
+    with pytest.raises(
+        RatingsError, match=r"shows style-controlled ratings.*since 2025-05-16; set arena.style_control"
+    ):
+        board_from_document(site(last_updated="2025-05-16"), BoardQuery())
+    assert board_from_document(site(leaderboard="webdev"), BoardQuery()).ratings.height == 1
+
+
+@pytest.mark.parametrize(
+    ("document", "query", "message"),
+    [
+        (site(model_count=71), STYLED, r"says that it lists 71 models but has 1; it was cut off"),
+        (site(last_updated="26.3.2026"), STYLED, r"last_updated must be a date such as"),
+        (site(last_updated=None), STYLED, r"needs last_updated"),
+        (site({"model": "m", "score": "1500", "ci": 6}), STYLED, r"an entry needs \['model', 'score', 'ci'\]"),
+        (site({"model": "m", "score": 1500}), STYLED, r"an entry needs"),
+        ({"meta": {"last_updated": "Mar 26, 2026"}, "models": []}, STYLED, r"models must be a list"),
+        (site(), BoardQuery(style_control=True, category="math"), r"holds the overall board only, not 'math'"),
+        (site(), BoardQuery(style_control=True, date=DAY), r"is of 2026-03-26 .*, not of 2025-02-28"),
+    ],
+)  # fmt: skip
+def test_pages_of_another_form(document: dict[str, object], query: BoardQuery, message: str):
+    with pytest.raises(RatingsError, match=message):
+        board_from_document(document, query)
+
+
+def test_a_csv_mirror():
+    board = board_from_table(
+        pl.concat([mirror(), mirror(model="M-2", **{"95_pct_ci": "+12.5/-3"})]), BoardQuery(date=DAY)
+    )
+    assert board.ratings.rows() == [("M-1", 1400.0, 1396.0, 1405.0, 9), ("M-2", 1400.0, 1397.0, 1412.5, 9)]
+    assert (board.date, board.date_kind, board.publisher) == (DAY, "stated", None)
+
+
+def test_a_csv_mirror_without_an_interval_keeps_it_open():
+    table = mirror().with_columns(pl.lit(None, pl.String).alias("95_pct_ci"))
+    assert board_from_table(table, BoardQuery()).ratings.row(0) == ("M-1", 1400.0, None, None, 9)
+
+
+@pytest.mark.parametrize("interval", ["5", "+5", "±5", "+5/+4", "1395-1405", "+a/-b"])
+def test_intervals_of_another_form_name_the_model(interval: str):
+    with pytest.raises(RatingsError, match=r"interval of 'M-1' must look like \+5/-5, not"):
+        board_from_table(mirror(**{"95_pct_ci": interval}), BoardQuery())
+
+
+def test_a_csv_mirror_has_no_categories():
+    with pytest.raises(RatingsError, match=r"overall board only, not 'math'"):
+        board_from_table(mirror(), BoardQuery(category="math"))
+
+
+def test_a_changed_schema_shows_what_was_expected_and_what_was_found():
+    with pytest.raises(
+        RatingsError,
+        match=r"\['model', 'score', '95_pct_ci', 'votes'\].*closest one, 'mirror'.*lacks the columns \['arena_score'\]",
+    ):
+        table_format(["model", "score", "95_pct_ci", "votes"])
+    columns = ["model_name", "rating", "rating_upper", "vote_count", "category", "leaderboard_publish_date"]
+    with pytest.raises(RatingsError, match=r"closest one, 'official'.*lacks the columns \['rating_lower'\]"):
+        table_format(columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "style"),
+    [
+        ("arena-catalog_leaderboard-text-style-control.json", True), ("data/leaderboard-text.json", False),
+        ("text_style_control/latest-00000-of-00001.parquet", True), ("board.csv", None), ("rank_stylectrl.csv", True),
+    ],
+)  # fmt: skip
+def test_names_that_say_whether_style_is_controlled(name: str, style: bool | None):
+    assert style_by_name(name) is style
+
+
 @pytest.mark.real
-def test_real_boards_in_other_formats_are_errors_and_not_guesses(shared_data: Path):
-    folder = shared_data / "leaderboards"
-    document = json.loads((folder / "arena-ai-leaderboards_2026-04-12_text.json").read_text())
-    with pytest.raises(RatingsError, match=r"no category 'full'; it has meta, models"):
-        ratings_from_catalog(document, category="overall")
-    with pytest.raises(RatingsError, match=r"lacks the columns"):
-        read(pl.read_csv(folder / "llm-leaderboard-csv_lmarena_text.csv"))
+def test_the_real_copies_of_the_arenas_page(shared_data: Path):
+    for name, day, models in (("2026-03-29", 26, 71), ("2026-04-12", 10, 30)):
+        document = json.loads((shared_data / "leaderboards" / f"arena-ai-leaderboards_{name}_text.json").read_text())
+        board = board_from_document(document, STYLED)
+        assert (board.date, board.ratings.height) == (datetime.date(2026, 3 if day == 26 else 4, day), models)
+        assert (board.ratings["rating_high"] > board.ratings["rating"]).all()
+        with pytest.raises(RatingsError, match=r"shows style-controlled ratings"):
+            board_from_document(document, BoardQuery())
+
+
+@pytest.mark.real
+def test_the_real_csv_mirror_agrees_with_the_table_made_from_it(shared_data: Path):
+    table = pl.read_csv(shared_data / "leaderboards" / "llm-leaderboard-csv_lmarena_text.csv")
+    board = board_from_table(table, BoardQuery()).ratings.rename({"policy_model": "display_name"})
+    many = pl.read_parquet(shared_data / "elo_snapshots.parquet").filter(
+        pl.col("source") == "fboulnois/llm-leaderboard-csv", pl.col("category") == "overall", pl.col("date") == datetime.date(2025, 8, 4)
+    )  # fmt: skip
+    joined = board.join(many.unique("display_name"), on="display_name", suffix="_made")
+    assert joined.height > 200
+    made = {"rating": "rating_made", "rating_low": "ci_low", "rating_high": "ci_high", "votes": "votes_made"}
+    for column, other in made.items():
+        assert joined[column].cast(pl.Float64).to_list() == joined[other].cast(pl.Float64).to_list()
