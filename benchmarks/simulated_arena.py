@@ -134,7 +134,7 @@ def retrain(world: World, name: str, recipe: Recipe, offsets: dict[str, float], 
         recipe.preferences,
         selection,
     )
-    board = world.ratings if recipe.debiased else own_ratings(world.calibration, world.ratings)
+    board = world.ratings if recipe.debiased else own_ratings(world.calibration)
     targets = board if recipe.training.objective == "win_rate_matching" else None
     spec = train(world.base, pairs.frame, targets, recipe.training, world.folder / name)
     return score_responses(spec, world.arena.prompts, world.arena.responses).scores

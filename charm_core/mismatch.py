@@ -178,24 +178,22 @@ def measure_win_rate_mismatch(
     return _report(win_rate_outcomes(win_rates), ratings, config or MismatchConfig(), means=None, gap=None)
 
 
-def own_ratings(scores: pl.DataFrame, ratings: pl.DataFrame) -> pl.DataFrame:
-    """The Elo that a reward model's own paired wins amount to, anchored to the Arena's mean.
+def own_ratings(scores: pl.DataFrame) -> pl.DataFrame:
+    """The Elo that a reward model's own paired wins amount to, with mean 0.
 
     Args:
         scores: A SCORES frame.
-        ratings: A RATINGS frame; it may hold more models.
 
     Returns:
         A RATINGS frame without intervals; finite also where a model wins or loses everything (continuity-corrected).
     """
     outcomes = score_outcomes(score_matrix(scores))
-    board = select_ratings(ratings, outcomes.policy_models)
-    values = mismatch_values(outcomes, board.get_column("rating").to_numpy())
+    equal = np.zeros(len(outcomes.policy_models))
     nothing = [pl.lit(None, dtype=RATINGS.columns[name]).alias(name) for name in ("rating_low", "rating_high", "votes")]
-    return validate(
-        board.with_columns(pl.col("rating") + pl.Series(values.overvaluation), *nothing).select(list(RATINGS.columns)),
-        RATINGS,
-    )
+    # what is more than for models that people find equally good
+    rating = mismatch_values(outcomes, equal).overvaluation
+    frame = pl.DataFrame({"policy_model": list(outcomes.policy_models), "rating": rating})
+    return validate(frame.with_columns(nothing), RATINGS)
 
 
 def _report(

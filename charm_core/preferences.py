@@ -36,7 +36,10 @@ class PreferenceConfig(Record):
     max_pairs_per_prompt: int | None = Field(
         None, ge=1, description="Random pairs to keep of each prompt; the same ones whatever the offsets."
     )
-    seed: int = Field(0, ge=0, description="Seed of the split and of the random pairs.")
+    max_pairs: int | None = Field(
+        None, ge=1, description="At most so many pairs in all: of random prompts, the same ones whatever the offsets."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the split and of the random pairs and prompts.")
 
 
 class PairSummary(Record):
@@ -210,11 +213,19 @@ def _candidates(cells: pl.DataFrame, config: PreferenceConfig, selection: Select
 
 
 def _limited(candidates: pl.DataFrame, config: PreferenceConfig) -> pl.DataFrame:
-    if config.max_pairs_per_prompt is None:
-        return candidates
-    draw = pl.Series("draw", np.random.default_rng(config.seed).permutation(candidates.height))
-    rank = pl.col("draw").rank("ordinal").over("prompt_id")
-    return candidates.with_columns(draw).filter(rank <= config.max_pairs_per_prompt).drop("draw")
+    if config.max_pairs_per_prompt is not None:
+        draw = pl.Series("draw", np.random.default_rng(config.seed).permutation(candidates.height))
+        rank = pl.col("draw").rank("ordinal").over("prompt_id")
+        candidates = candidates.with_columns(draw).filter(rank <= config.max_pairs_per_prompt).drop("draw")
+    return candidates if config.max_pairs is None else _of_random_prompts(candidates, config.max_pairs, config.seed)
+
+
+def _of_random_prompts(candidates: pl.DataFrame, most: int, seed: int) -> pl.DataFrame:
+    """Whole prompts, for what a pair teaches is said against the others of its prompt; only the last may lose pairs."""
+    prompts = candidates.get_column("prompt_id").unique().sort()
+    order = pl.DataFrame({"prompt_id": prompts, "place": np.random.default_rng(seed).permutation(prompts.len())})
+    placed = candidates.join(order, on="prompt_id").sort("place", "policy_model", "policy_model_other")
+    return placed.head(most).drop("place").sort("prompt_id", "policy_model", "policy_model_other")
 
 
 def _oriented(pairs: pl.DataFrame) -> pl.DataFrame:

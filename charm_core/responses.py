@@ -64,6 +64,7 @@ class Ingested(BaseModel):
     responses: pl.DataFrame = Field(description="RESPONSES.")
     empty_responses: int = Field(description="Responses without a visible character; they are kept and scored.")
     rows_filtered: int = Field(description="Rows that the filters left out.")
+    excluded_prompts: int = Field(description="Prompts that were left out by their ids.")
 
 
 def ingest_responses(
@@ -101,11 +102,11 @@ def ingest_responses(
             "response": _text(rows, columns.response),
         }
     )
-    kept = flat.filter(
+    wanted = flat.filter(
         pl.col("prompt_set").is_in(list(prompt_sets)) if prompt_sets else pl.lit(True),
         pl.col("policy_model").is_in(list(policy_models)) if policy_models else pl.lit(True),
-        ~pl.col("prompt_id").is_in(list(exclude_prompts)),
     )
+    kept = wanted.filter(~pl.col("prompt_id").is_in(list(exclude_prompts)))
     _check_wanted(flat, "policy_model", policy_models)
     _check_wanted(flat, "prompt_set", prompt_sets)
     if kept.is_empty():
@@ -115,6 +116,7 @@ def ingest_responses(
         responses=validate(kept.select(list(RESPONSES.columns)), RESPONSES),
         empty_responses=kept.filter(pl.col("response").str.strip_chars() == "").height,
         rows_filtered=table.height - kept.height,
+        excluded_prompts=wanted.get_column("prompt_id").n_unique() - kept.get_column("prompt_id").n_unique(),
     )
 
 

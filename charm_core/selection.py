@@ -17,9 +17,10 @@ class SelectionConfig(Record):
         "auto", description="Overvalued policy models; 'auto' takes those whose overvaluation is significant."
     )
     references: tuple[str, ...] | Literal["auto"] = Field(
-        "auto", description="Reference policy models; 'auto' takes the best-supported neutral one."
+        "auto", description="Reference policy models; 'auto' takes the best-supported neutral ones."
     )
     max_overvalued: int | None = Field(None, ge=1, description="auto: at most so many, the largest first.")
+    auto_references: int = Field(1, ge=1, description="auto: so many references, if there are as many neutral models.")
 
     @field_validator("overvalued", "references", mode="before")
     @classmethod
@@ -56,8 +57,8 @@ class Selection(Record):
 def select_models(report: MismatchReport, config: SelectionConfig | None = None) -> Selection:
     """Choose overvalued and reference models from a mismatch report.
 
-    Automatically: overvalued are the flagged models with a positive overvaluation, largest first; the reference is, of
-    the models that are not flagged, the one whose overvaluation interval reaches least far from 0. That asks for both
+    Automatically: overvalued are the flagged models with a positive overvaluation, largest first; the references are, of
+    the models that are not flagged, those whose overvaluation intervals reach least far from 0. That asks for both
     a small overvaluation and a well-supported one: a model that only has too few prompts or votes to be flagged has a
     wide interval.
 
@@ -75,7 +76,9 @@ def select_models(report: MismatchReport, config: SelectionConfig | None = None)
         excluded = {choice.policy_model for choice in references or ()}
         overvalued = _automatic_overvalued(report, settings, excluded)
     if references is None:
-        references = (_automatic_reference(report, {choice.policy_model for choice in overvalued}),)
+        references = _automatic_references(
+            report, {choice.policy_model for choice in overvalued}, settings.auto_references
+        )
     both = sorted({choice.policy_model for choice in overvalued} & {choice.policy_model for choice in references})
     if both:
         raise ConfigError(f"{name_models(both)} cannot be both overvalued and reference models; name each on one side")
@@ -117,20 +120,25 @@ def _automatic_overvalued(
     )
 
 
-def _automatic_reference(report: MismatchReport, excluded: set[str]) -> ModelChoice:
+def _automatic_references(report: MismatchReport, excluded: set[str], count: int) -> tuple[ModelChoice, ...]:
     candidates = [model for model in report.models if model.policy_model not in excluded]
     neutral = [model for model in candidates if not model.flagged]
     if not candidates:
         raise ConfigError(
             "every policy model is named as overvalued, so none is left as a reference; name fewer or add a model"
         )
-    best = min(neutral or candidates, key=lambda model: (_farthest(model), -model.prompts, model.policy_model))
+    surest = sorted(neutral or candidates, key=lambda model: (_farthest(model), -model.prompts, model.policy_model))
     which = (
-        f"of the {len(neutral)} models without significant mismatch, the one surest to be near 0"
+        f"of the {len(neutral)} models without significant mismatch, "
+        f"{'the one' if count == 1 else f'one of the {count}'} surest to be near 0"
         if neutral
         else "every other model has a significant mismatch too; this one has the smallest"
     )
-    return ModelChoice(policy_model=best.policy_model, reason=f"{which}: {_measured(best)}")
+    # without a neutral model one is bad enough
+    chosen = surest[: count if neutral else 1]
+    return tuple(
+        ModelChoice(policy_model=model.policy_model, reason=f"{which}: {_measured(model)}") for model in chosen
+    )
 
 
 def _signed(model: ModelMismatch) -> float:

@@ -87,11 +87,13 @@ def offset_scores(store: ArtifactStore, scores: ArtifactRef, offsets: ArtifactRe
     return store.write_table(apply_offsets(table, fit), SCORES)
 
 
-@step(version=1)
-def rate_by_scores(store: ArtifactStore, scores: ArtifactRef, ratings: ArtifactRef) -> ArtifactRef:
-    """Ratings that the reward model's own wins amount to: what the control is trained towards instead of people's."""
-    own = own_ratings(store.read_table(scores, SCORES), store.read_table(ratings, RATINGS))
-    return store.write_table(own, RATINGS)
+@step(version=2)
+def rate_by_scores(store: ArtifactStore, scores: ArtifactRef) -> ArtifactRef:
+    """Ratings that the reward model's own wins amount to: what the control is trained towards instead of people's.
+
+    They know nothing of people's ratings, so that other ones leave the control as it is.
+    """
+    return store.write_table(own_ratings(store.read_table(scores, SCORES)), RATINGS)
 
 
 @step(version=1)

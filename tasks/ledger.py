@@ -130,6 +130,8 @@ def reuse_lines(reuse: Reuse) -> list[str]:
     lines = [f"{sum(reuse.reused.values())} steps reused, {sum(reuse.ran.values())} ran"]
     if reuse.ran and reuse.reused:
         lines += [f"ran: {_listed(reuse.ran)}", f"reused: {_listed(reuse.reused)}"]
+    if not reuse.compared:
+        lines.append("no earlier run of this name to compare with")
     reasons = {
         "settings changed since the last run of this name": reuse.settings,
         "inputs have other content than then": reuse.content,

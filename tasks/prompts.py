@@ -5,6 +5,7 @@ from typing import Any
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
+from charm_core.errors import ConfigError
 from charm_core.responses import ColumnNames, SplitConfig, ingest_responses, split_prompts
 from charm_core.tables import PROMPTS, RESPONSES
 from tasks.caching import step
@@ -49,15 +50,25 @@ class ResponseSet(BaseModel):
 def load_responses(
     store: ArtifactStore, file: SourceFile, config: ResponsesConfig, trained_on: SourceFile | None
 ) -> ResponseSet:
-    """Read responses that exist already."""
+    """Read responses that exist already.
+
+    Raises:
+        ConfigError: No id in ``trained_on`` is the id of a prompt: then nothing that it is meant to keep apart would be.
+    """
+    known = _ids(store, trained_on)
     ingested = ingest_responses(
         read_source(file),
         config.columns,
         where=config.where,
         prompt_sets=config.prompt_sets,
         policy_models=config.policy_models,
-        exclude_prompts=_ids(trained_on) if config.exclude_trained_on else (),
+        exclude_prompts=known if config.exclude_trained_on else (),
     )
+    if known and ingested.excluded_prompts == 0 and not set(known) & set(ingested.prompts["prompt_id"]):
+        raise ConfigError(
+            f"none of the {len(known)} ids in responses.trained_on is the id of a prompt (the first is {known[0]!r}, that of a "
+            f"prompt {ingested.prompts['prompt_id'][0]!r}); give the ids of the column responses.columns.prompt_id"
+        )
     return ResponseSet(
         prompts=store.write_table(ingested.prompts, PROMPTS),
         responses=store.write_table(ingested.responses, RESPONSES),
@@ -68,10 +79,11 @@ def load_responses(
 
 @step(version=1)
 def split_responses(
-    store: ArtifactStore, responses: ResponseSet, config: SplitConfig, trained_on: SourceFile | None
+    store: ArtifactStore, responses: ResponseSet, config: SplitConfig, trained_on: SourceFile | ArtifactRef | None
 ) -> ArtifactRef:
     """Decide which prompts are held out, before anything is fitted."""
-    split = split_prompts(store.read_table(responses.prompts, PROMPTS), config, never_held_out=_ids(trained_on))
+    known = _ids(store, trained_on)
+    split = split_prompts(store.read_table(responses.prompts, PROMPTS), config, never_held_out=known)
     return store.write_frame(split, "split")
 
 
@@ -103,6 +115,8 @@ def _policy_models(responses: pl.DataFrame) -> tuple[str, ...]:
     return tuple(responses.get_column("policy_model").unique().sort().to_list())
 
 
-def _ids(file: SourceFile | None) -> list[str]:
-    """One id per line."""
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()] if file else []
+def _ids(store: ArtifactStore, listed: SourceFile | ArtifactRef | None) -> list[str]:
+    """Prompt ids: of a text file one per line, of a stored frame its column ``prompt_id``."""
+    if isinstance(listed, ArtifactRef):
+        return list(store.read_frame(listed).get_column("prompt_id"))
+    return [line.strip() for line in listed.read_text().splitlines() if line.strip()] if listed else []

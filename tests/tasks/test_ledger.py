@@ -21,7 +21,9 @@ class TestExplain:
     def test_a_first_run_has_nothing_to_be_held_against(self):
         reuse = explain(Ledger(calls=[call("read", "1"), call("read", "2", reused=True)]), None)
         assert (reuse.compared, reuse.ran, reuse.reused) == (False, {"read": 1}, {"read": 1})
-        assert reuse_lines(reuse) == ["1 steps reused, 1 ran", "ran: read", "reused: read"]
+        assert reuse_lines(reuse) == [
+            "1 steps reused, 1 ran", "ran: read", "reused: read", "no earlier run of this name to compare with"
+        ]  # fmt: skip
 
     def test_other_content_is_named_once_where_it_comes_in_and_not_where_it_goes_on(self):
         before = Ledger(

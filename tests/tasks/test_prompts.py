@@ -163,3 +163,24 @@ def test_bad_tables(
     with pytest.raises(error, match=message):
         load(store, file, **config)
     assert not Path(store.url).exists()
+
+
+def test_a_list_of_trained_prompts_that_matches_nothing_is_an_error(store: ArtifactStore, tmp_path: Path):
+    file = source(tmp_path, "responses.parquet", table())
+    listed = source(tmp_path, "ids.txt", "other-1\nother-2\n")
+    for exclude in (False, True):
+        with pytest.raises(ConfigError, match="none of the 2 ids in responses.trained_on"):
+            load(store, file, listed, exclude_trained_on=exclude)
+    one = source(tmp_path, "one.txt", "p 01\nother-2\n")
+    assert load(store, file, one).prompts.rows == PROMPT_COUNT
+    assert load(store, file, one, exclude_trained_on=True).prompts.rows == PROMPT_COUNT - 1
+
+
+def test_a_split_takes_ids_from_a_file_or_from_the_store(store: ArtifactStore, tmp_path: Path):
+    loaded = load(store, source(tmp_path, "responses.parquet", table()))
+    ids = [f"p {n:02d}" for n in range(12)]
+    listed = source(tmp_path, "ids.txt", "\n".join(ids))
+    stored = store.write_frame(pl.DataFrame({"prompt_id": ids}), "prompt_ids")
+    config = SplitConfig(held_out_fraction=0.7)
+    splits = [split_responses.function(store, loaded, config, known) for known in (listed, stored, None)]
+    assert splits[0] == splits[1] != splits[2]
