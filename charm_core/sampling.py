@@ -3,26 +3,21 @@
 A missing answer is never silent: every (prompt, policy model) that was asked for is a row with a status.
 """
 
-import re
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.records import Record
+from charm_core.refusals import is_refusal
+from charm_core.tables import SAMPLES, validate
 
 Status = Literal["complete", "truncated", "empty", "refused", "failed"]
 STATUSES: tuple[Status, ...] = ("complete", "truncated", "empty", "refused", "failed")
 """``truncated``: the token limit ended it. ``empty``: no visible character. ``refused``: a content filter, or a short answer
 that only declines. ``failed``: the endpoint would not answer, whatever was tried; there is no text to score."""
-
-_REFUSAL_LENGTH = 400
-_REFUSAL = re.compile(
-    r"^\W*(?:i'?m (?:really |very |so )?sorry\b|sorry\b|i apologi[sz]e\b|unfortunately\b|as an ai\b)?[^.!?]{0,80}?"
-    r"\b(?:i (?:can(?:no|')?t|can not|am (?:unable|not able)|'m (?:unable|not able)|won'?t|will not|must decline)|i'm unable)\b",
-    re.IGNORECASE,
-)
 
 
 class Decoding(BaseModel):
@@ -51,6 +46,19 @@ class SampleCounts(Record):
     response_tokens: int | None = Field(default=None, description="Tokens received, likewise.")
 
 
+class Answer(Record):
+    """What came of one request: a row of SAMPLES but for the policy model, and what else is worth knowing."""
+
+    prompt_id: str
+    response: str
+    status: Status
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    response_tokens: int | None = None
+    served_as: str | None = Field(default=None, description="What the server calls the model that answered.")
+    reason: str | None = Field(default=None, description="Why the request failed.")
+
+
 def status_of(response: str, finish_reason: str | None) -> Status:
     """How an answer ended.
 
@@ -59,8 +67,8 @@ def status_of(response: str, finish_reason: str | None) -> Status:
         finish_reason: As the OpenAI protocol names it (``stop``, ``length``, ``content_filter``), or None.
 
     Returns:
-        ``refused`` for a filtered answer and for a short one that opens with declining; then ``empty``, ``truncated`` or
-        ``complete``. Refusals are recognised by English phrases only; the text is kept either way.
+        ``refused`` for a filtered answer; else ``empty``, ``truncated``, ``refused`` for one that only declines (see
+        ``refusals``) or ``complete``. The text is kept either way.
     """
     if finish_reason == "content_filter":
         return "refused"
@@ -68,8 +76,17 @@ def status_of(response: str, finish_reason: str | None) -> Status:
         return "empty"
     if finish_reason == "length":
         return "truncated"
-    short = len(response) <= _REFUSAL_LENGTH
-    return "refused" if short and _REFUSAL.match(response.replace("’", "'")) else "complete"
+    return "refused" if is_refusal(response) else "complete"
+
+
+def samples_table(policy_model: str, answers: Iterable[Answer]) -> pl.DataFrame:
+    """The answers of one policy model as SAMPLES.
+
+    Raises:
+        TableError: No answers, or two to one prompt.
+    """
+    rows = [{"policy_model": policy_model, **answer.model_dump()} for answer in answers]
+    return validate(pl.DataFrame(rows, schema=dict(SAMPLES.columns)), SAMPLES)
 
 
 def count_samples(samples: pl.DataFrame) -> SampleCounts:
@@ -111,3 +128,45 @@ def decoding_differences(decodings: Sequence[tuple[str, Decoding | None]]) -> tu
             f"{', '.join(model for model, _ in known)} were sampled in this run."
         )
     return tuple(sentences)
+
+
+def conversation(messages: Sequence[Mapping[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
+    """What a policy model is sent: the prompt, after the system prompt if it has no system message of its own."""
+    sent = [{"role": message["role"], "content": message["content"]} for message in messages]
+    if system_prompt is None or any(message["role"] == "system" for message in sent):
+        return sent
+    return [{"role": "system", "content": system_prompt}, *sent]
+
+
+def request_seed(seed: int | None, prompt_id: str) -> int | None:
+    """The seed of one request: its own, so that an answer does not depend on which prompts are asked with it.
+
+    Returns:
+        A number from 0 to 2³¹ − 1, or None where there is no seed.
+    """
+    return None if seed is None else _number(f"{seed}:{prompt_id}") >> 33
+
+
+def shard_numbers(prompt_ids: Sequence[str], shard_prompts: int) -> list[int]:
+    """Cut prompts into shards, by their ids alone.
+
+    The number of shards is the smallest power of two that brings their mean size to ``shard_prompts`` or below, and a
+    prompt's shard is given by the first bits of its id's SHA-256. So another prompt more or less changes one shard, and
+    where the number of shards doubles, each falls into two.
+
+    Args:
+        prompt_ids: Distinct ids, in any order.
+        shard_prompts: Most prompts per shard, on average.
+
+    Returns:
+        The shard of each prompt, from 0; a small shard may be empty.
+    """
+    bits = 0
+    while len(prompt_ids) > shard_prompts << bits:
+        bits += 1
+    return [_number(prompt_id) >> (64 - bits) for prompt_id in prompt_ids]
+
+
+def _number(text: str) -> int:
+    """64 bits that are as good as drawn."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

@@ -223,6 +223,10 @@ class Step(Generic[P, R]):
 
         return plain
 
+    def is_recorded(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Whether a call with these arguments would take a recorded, sound result."""
+        return _is_reusable(_store.get(), self.key(*args, **kwargs), self._kind)
+
     def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """Cache key of a call with these arguments."""
         return content_key(self.name, self.version, self._inputs(*args, **kwargs))
