@@ -8,17 +8,20 @@ from dataclasses import dataclass
 
 from prefect import flow
 
+from charm_core.errors import ConfigError
 from flows.command_line import run_from_command_line
 from flows.outcome import Outcome, Used, describe_provenance, finish
 from flows.presets import AUDIT, demo_audit
 from flows.runs import AuditRun
 from flows.session import check_services, open_session
-from flows.sources import gather_sources, rated
+from flows.sources import Answers, Sources, gather_answers, rated, real_sources, simulated_sources
 from tasks.arena import Board
 from tasks.debiasing import check_offsets, choose_models
 from tasks.evaluation import View, evaluate_preferences, evaluate_variant, evaluate_win_rates
 from tasks.evidence import DomainParts, ReportParts, compose_report
+from tasks.judging import JudgeConfig, judge_responses
 from tasks.publishing import publish_markdown
+from tasks.remote_scoring import RemoteScorerConfig, score_remotely
 from tasks.report_data import ReportVariant
 from tasks.report_text import mismatch_markdown
 from tasks.scoring import ScoresConfig, load_preferences, load_scores, load_win_rates, score_responses
@@ -36,6 +39,9 @@ class _Measured:
     evidence: ArtifactRef
     subject: str
     scores: ArtifactRef | None = None
+    answers: Answers | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @flow(name="audit", flow_run_name="audit {run.name}")
@@ -62,7 +68,9 @@ def audit(run: AuditRun = DEMO) -> Outcome:
                 board=measured.board,
                 domains=(DomainParts(label=ALL.label, variants=(measured.evidence,)),),
                 selection=selection,
-                notes=(correction.sentence(),) if correction else (),
+                responses=measured.answers.rows if measured.answers else (),
+                warnings=measured.warnings,
+                notes=(*measured.notes, *((correction.sentence(),) if correction else ())),
                 provenance=describe_provenance("audit", run, used),
             )
         )
@@ -70,32 +78,75 @@ def audit(run: AuditRun = DEMO) -> Outcome:
 
 
 def _measure(run: AuditRun) -> _Measured:
-    if run.preferences is not None and run.arena is not None:
-        loaded = load_preferences(source_file(run.preferences.source), run.preferences)
-        board = rated(run.arena, loaded.policy_models)
-        evidence = evaluate_preferences(loaded.table, board.ratings, run.mismatch)
-        return _Measured(board=board, evidence=evidence, subject=_subject(run.preferences))
-    if run.win_rates is not None and run.arena is not None:
-        loaded = load_win_rates(source_file(run.win_rates.source), run.win_rates)
-        board = rated(run.arena, loaded.policy_models)
-        evidence = evaluate_win_rates(loaded.table, board.ratings, run.mismatch)
-        return _Measured(board=board, evidence=evidence, subject=_subject(run.win_rates))
-    if run.scores is not None and run.arena is not None:
-        loaded = load_scores(source_file(run.scores.source), run.scores)
-        board = rated(run.arena, loaded.policy_models)
-        return _measured_scores(run, board, loaded.table, _subject(run.scores))
-    return _scored(run)
+    if run.simulation is not None:
+        return _scored(run, simulated_sources(run.simulation))
+    if run.reward_model is not None:
+        return _scored(run, real_sources(run.arena, run.responses, run.sampling, run.reward_model, None))
+    if run.scorer is not None:
+        return _scored_remotely(run, gather_answers(run.arena, run.responses, run.sampling), run.scorer)
+    if run.judge is not None:
+        return _judged(run, gather_answers(run.arena, run.responses, run.sampling), run.judge)
+    return _loaded(run)
 
 
-def _scored(run: AuditRun) -> _Measured:
-    sources = gather_sources(run.simulation, run.arena, run.responses, run.reward_model)
+def _loaded(run: AuditRun) -> _Measured:
+    """Scores, preferences or win rates that exist already."""
+    config = run.scores or run.preferences or run.win_rates
+    if config is None or run.arena is None:
+        raise ConfigError("arena and something to hold against it are needed where nothing is simulated")
+    load = load_scores if run.scores else load_preferences if run.preferences else load_win_rates
+    loaded = load(source_file(config.source), config)
+    board = rated(run.arena, loaded.policy_models)
+    if run.scores is not None:
+        return _Measured(
+            board=board, evidence=_evidence(run, loaded.table, board), subject=_subject(config), scores=loaded.table
+        )
+    evaluate = evaluate_preferences if run.preferences else evaluate_win_rates
+    return _Measured(
+        board=board, evidence=evaluate(loaded.table, board.ratings, run.mismatch), subject=_subject(config)
+    )
+
+
+def _scored(run: AuditRun, sources: Sources) -> _Measured:
     scored = score_responses(sources.reward_model, sources.responses)
-    return _measured_scores(run, sources.board, scored.scores, sources.name)
+    return _Measured(
+        board=sources.board,
+        evidence=_evidence(run, scored.scores, sources.board),
+        subject=sources.name,
+        scores=scored.scores,
+        answers=sources.answers,
+        warnings=sources.warnings + sources.answers.warnings,
+        notes=sources.answers.notes,
+    )
 
 
-def _measured_scores(run: AuditRun, board: Board, scores: ArtifactRef, subject: str) -> _Measured:
-    evidence = evaluate_variant("untouched", scores, None, board.ratings, None, ALL, run.mismatch)
-    return _Measured(board=board, evidence=evidence, subject=subject, scores=scores)
+def _scored_remotely(run: AuditRun, answers: Answers, scorer: RemoteScorerConfig) -> _Measured:
+    scored = score_remotely(answers.responses, scorer)
+    return _Measured(
+        board=answers.board,
+        evidence=_evidence(run, scored.scores, answers.board),
+        subject=scorer.endpoint.model,
+        scores=scored.scores,
+        answers=answers,
+        warnings=answers.warnings + scored.warnings,
+        notes=answers.notes,
+    )
+
+
+def _judged(run: AuditRun, answers: Answers, judge: JudgeConfig) -> _Measured:
+    judged = judge_responses(answers.responses, judge)
+    return _Measured(
+        board=answers.board,
+        evidence=evaluate_preferences(judged.preferences, answers.board.ratings, run.mismatch),
+        subject=judged.judge,
+        answers=answers,
+        warnings=answers.warnings + judged.warnings,
+        notes=answers.notes + judged.sentences(),
+    )
+
+
+def _evidence(run: AuditRun, scores: ArtifactRef, board: Board) -> ArtifactRef:
+    return evaluate_variant("untouched", scores, None, board.ratings, None, ALL, run.mismatch)
 
 
 def _subject(config: ScoresConfig) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import cast
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -67,7 +68,8 @@ def find_secret(name: str) -> str | None:
 
     try:
         # names of blocks have neither capitals nor underscores
-        return str(Secret.load(name.lower().replace("_", "-")).get())
+        block = cast("Secret[str]", Secret.load(name.lower().replace("_", "-")))
+        return str(block.get())
     except ValueError:  # there is no such block
         return None
 

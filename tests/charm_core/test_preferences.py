@@ -194,3 +194,22 @@ def test_scores_of_unknown_texts_are_errors() -> None:
 def test_a_model_without_an_offset_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"no offset for the policy models \[c\]"):
         build_preference_pairs(_prompts(1), _responses(1), _scores((1, 2, 3)), {"a": 0.0, "b": 0.0}, ALL)
+
+
+def test_a_limit_on_all_pairs_keeps_whole_random_prompts_whatever_the_offsets() -> None:
+    draws = [(float(n % 5), float(n % 3), float(n % 7) + 0.5) for n in range(40)]
+    limited = ALL.model_copy(update={"max_pairs": 30, "held_out_fraction": 0.0})
+    built = [
+        build_preference_pairs(_prompts(40), _responses(40), _scores(*draws), offsets, limited)
+        for offsets in (ZERO, {"a": 2.0, "b": 0.25, "c": 0.0})
+    ]
+    prompts = [set(pairs.frame["prompt_id"]) for pairs in built]
+    assert prompts[0] == prompts[1]
+    assert len(prompts[0]) == 10
+    assert prompts[0] != {f"p{n}" for n in range(10)}
+    assert built[1].frame.height == 30
+    assert built[1].summary.over_limit_dropped == 40 * 3 - 30
+    other = build_preference_pairs(
+        _prompts(40), _responses(40), _scores(*draws), ZERO, limited.model_copy(update={"seed": 1})
+    )
+    assert set(other.frame["prompt_id"]) != prompts[0]

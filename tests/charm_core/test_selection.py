@@ -128,3 +128,21 @@ def test_contradictions_are_errors(config: SelectionConfig, message: str) -> Non
 def test_auto_from_a_command_line_is_the_word_and_not_a_model() -> None:
     assert SelectionConfig.model_validate({"overvalued": ["auto"], "references": ("auto",)}) == SelectionConfig()
     assert SelectionConfig.model_validate({"overvalued": ["a", "auto"]}).overvalued == ("a", "auto")
+
+
+def test_more_than_one_reference_can_be_asked_for() -> None:
+    selection = select_models(REPORT, SelectionConfig(auto_references=2))
+    assert selection.reference_models == ("neutral", "unsure")
+    assert all(
+        "of the 2 models without significant mismatch, one of the 2 surest" in r.reason for r in selection.references
+    )
+    assert select_models(REPORT, SelectionConfig(auto_references=9)).reference_models == ("neutral", "unsure")
+
+
+def test_without_a_neutral_model_one_reference_is_enough() -> None:
+    flagged = _report(
+        *(_model(name, value, 5.0, flagged=True) for name, value in (("a", 90.0), ("b", -80.0), ("c", -60.0)))
+    )
+    selection = select_models(flagged, SelectionConfig(auto_references=2))
+    assert selection.reference_models == ("c",)
+    assert "every other model has a significant mismatch too" in selection.references[0].reason
