@@ -135,6 +135,10 @@ class TrackedRun:
         for name, value in tags.items():
             self._client.set_tag(self.run_id, name, value)
 
+    def registry(self) -> contextlib.AbstractContextManager[Any]:
+        """The model registry of the same server; see ``open_registry``."""
+        return open_registry(self._settings)
+
     @contextlib.contextmanager
     def nested(self, name: str, tags: Mapping[str, str] | None = None) -> Iterator["TrackedRun"]:
         """A child run, shown below this one."""
@@ -217,6 +221,21 @@ def register_version(run: TrackedRun, model_name: str, source: str, tags: Mappin
         client.create_registered_model(model_name)
     location = client.get_run(run.run_id).info.artifact_uri + "/" + source.removeprefix(f"runs:/{run.run_id}/")
     return str(client.create_model_version(model_name, location, run_id=run.run_id, tags=dict(tags)).version)
+
+
+@contextlib.contextmanager
+def open_registry(settings: TrackingSettings) -> Iterator[Any]:
+    """MLflow's client for the model registry; where that is a SQLite file, for one process at a time.
+
+    Raises:
+        ServiceError: The registry does not answer, or will not do it.
+    """
+    check_tracking(settings)
+    try:
+        with _creation_lock(settings):
+            yield _client(settings)
+    except _mlflow_error() as error:
+        raise ServiceError(f"the MLflow model registry at {settings.uri} cannot be used: {error}") from error
 
 
 def package_versions() -> dict[str, str]:
