@@ -7,34 +7,35 @@ python -m flows.calibrate --config benchmarks/real/calibrate_minilm.toml
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from prefect import flow
 
-from charm_core.errors import ConfigError
-from charm_core.responses import CALIBRATION, HELD_OUT, HELD_OUT_DOMAIN
-from charm_core.selection import Selection
+from charm_core.responses import HELD_OUT
+from flows.calibration import (
+    Correction,
+    Split,
+    calibration_sources,
+    correct,
+    hold_out,
+    judged_views,
+    measure_untouched,
+)
 from flows.command_line import run_from_command_line
 from flows.outcome import Outcome, Used, describe_provenance, finish
 from flows.presets import CALIBRATE, demo
 from flows.runs import CalibrationRun
 from flows.session import Session, check_services, open_session
-from flows.sources import Sources, gather_sources
+from flows.sources import Sources
 from tasks.benchmarking import run_benchmarks
 from tasks.debiasing import (
-    ChosenModels,
-    PairSet,
-    build_pairs,
-    choose_models,
-    fit_model_offsets,
     offset_scores,
     rate_by_scores,
 )
-from tasks.evaluation import View, compare_variants, evaluate_variant, judge_truth
+from tasks.evaluation import View, compare_styles, compare_variants, evaluate_variant, judge_truth
 from tasks.evidence import CurveParts, DomainParts, Report, ReportParts, compose_report
-from tasks.prompts import ResponseSet, select_responses, split_responses
+from tasks.promotion import score_again
 from tasks.publishing import publish_markdown
-from tasks.registry import package_model, register_model
+from tasks.registry import judge_promotion, package_model, register_model
 from tasks.report_data import ReportVariant, VariantName
 from tasks.report_text import mismatch_markdown
 from tasks.scoring import Scored, score_responses
@@ -52,34 +53,23 @@ COMPARED: tuple[tuple[VariantName, VariantName], ...] = (
 """Every claimed gain is against the control as well as against the untouched reward model."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Split:
-    """What the calibration sees, and what only the final comparison sees. Nothing is fitted on ``unseen``."""
-
-    parts: ArtifactRef
-    seen: ResponseSet
-    unseen: ResponseSet
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Correction:
-    """What was measured on the seen responses, and what follows from it."""
-
-    mismatch: ArtifactRef
-    selection: Selection
-    offsets: ArtifactRef
-    pairs: PairSet
-    control_pairs: PairSet
+BASELINES: tuple[VariantName, ...] = ("untouched", "control")
 
 
 @flow(name="calibrate", flow_run_name="calibrate {run.name}")
 def calibrate(run: CalibrationRun = DEMO) -> Outcome:
     """Calibrate a reward model with the Arena's human ratings, and prove what it did."""
     with open_session("calibrate", run.name, run) as session:
-        sources = gather_sources(run.simulation, run.arena, run.responses, run.reward_model)
-        split = _hold_out(run, sources)
+        sources = calibration_sources(run)
+        split = hold_out(run, sources)
         scored_seen = score_responses(sources.reward_model, split.seen)
-        correction = _correct(session, run, sources, split, scored_seen)
+        mismatch = measure_untouched(run, sources, scored_seen)
+        publish_markdown(
+            "mismatch",
+            mismatch_markdown(session.store.read_record(mismatch, ReportVariant).mismatch),
+            "Mismatch of the untouched reward model, calibration prompts",
+        )
+        correction = correct(run, sources.board.ratings, split, scored_seen, mismatch)
         calibrated, control = _fine_tune(session, run, sources, scored_seen, correction)
         untouched = score_responses(sources.reward_model, split.unseen)
         scored: dict[VariantName, Scored] = {
@@ -88,62 +78,30 @@ def calibrate(run: CalibrationRun = DEMO) -> Outcome:
             "control": score_responses(control.model, split.unseen),
             "calibrated": score_responses(calibrated.model, split.unseen),
         }
-        domains = tuple(_judge(run, sources, scored, split, view) for view in _judged_views(run, split))
+        domains = tuple(_judge(run, sources, scored, split, view) for view in judged_views(run, split))
         trained: dict[VariantName, TrainedModel] = {"calibrated": calibrated, "control": control}
         used = _used(sources, split, scored_seen, correction, trained)
-        warnings = _warnings(scored_seen, split.seen.empty_responses)
+        warnings = sources.warnings + sources.answers.warnings + _warnings(scored_seen, split.seen.empty_responses)
         truth = _truth(run, sources, scored, correction.mismatch, split)
-        report = _report(run, sources, correction, trained, domains, used, warnings, truth)
+        repeated = score_again(calibrated.model, split.unseen, scored["calibrated"].scores, run.promotion.gate)
+        report = _report(run, sources, correction, trained, domains, used, warnings, truth, repeated)
         released = package_model(calibrated.model, report.card)
         version = register_model(
             session.run, session.store, run.register_as or _registry_name(run.name), released, report
         )
-        return finish(session, report, used, model=released, model_version=version)
-
-
-def _hold_out(run: CalibrationRun, sources: Sources) -> _Split:
-    everyone, held_out = sources.responses.policy_models, run.split.held_out_policy_models
-    unknown = sorted(set(held_out) - set(everyone))
-    if unknown:
-        raise ConfigError(f"split.held_out_policy_models {unknown} have no responses; there are {list(everyone)}")
-    known = tuple(model for model in everyone if model not in held_out)
-    parts = split_responses(sources.responses, run.split, sources.trained_on)
-    return _Split(
-        parts=parts,
-        seen=select_responses(sources.responses, parts, (CALIBRATION,), known),
-        unseen=select_responses(sources.responses, parts, (HELD_OUT, HELD_OUT_DOMAIN), everyone),
-    )
-
-
-def _correct(session: Session, run: CalibrationRun, sources: Sources, split: _Split, scored: Scored) -> _Correction:
-    ratings = sources.board.ratings
-    view = View(label="calibration prompts")
-    mismatch = evaluate_variant("untouched", scored.scores, None, ratings, None, view, run.mismatch, scored.summary)
-    report = session.store.read_record(mismatch, ReportVariant).mismatch
-    publish_markdown(
-        "mismatch", mismatch_markdown(report), "Mismatch of the untouched reward model, calibration prompts"
-    )
-    selection = choose_models(mismatch, run.selection)
-    chosen = ChosenModels.of(selection)
-    offsets = fit_model_offsets(scored.scores, ratings, chosen.references, run.calibration)
-    return _Correction(
-        mismatch=mismatch,
-        selection=selection,
-        offsets=offsets,
-        pairs=build_pairs(split.seen, scored.scores, offsets, chosen, run.preferences),
-        control_pairs=build_pairs(split.seen, scored.scores, None, chosen, run.preferences),
-    )
+        promotion = judge_promotion(session.run, session.store, version, report.data, run.promotion)
+        return finish(session, report, used, model=released, model_version=version, promotion=promotion.sentence)
 
 
 def _fine_tune(
-    session: Session, run: CalibrationRun, sources: Sources, scored: Scored, correction: _Correction
+    session: Session, run: CalibrationRun, sources: Sources, scored: Scored, correction: Correction
 ) -> tuple[TrainedModel, TrainedModel]:
     base, ratings = sources.reward_model, sources.board.ratings
     calibrated = train_reward_model(
         "calibrated", base, correction.pairs.pairs, ratings_for(run.training, ratings), run.training
     )
     # everything but the correction: the same pairs without offsets, and the reward model's own Elo instead of people's
-    own = rate_by_scores(scored.scores, ratings)
+    own = rate_by_scores(scored.scores)
     control = train_reward_model(
         "control", base, correction.control_pairs.pairs, ratings_for(run.training, own), run.training
     )
@@ -151,19 +109,8 @@ def _fine_tune(
     return calibrated, control
 
 
-def _judged_views(run: CalibrationRun, split: _Split) -> list[View]:
-    held_out, domain = run.split.held_out_policy_models, run.split.held_out_prompt_sets
-    known = split.seen.policy_models
-    views = [View(label="held-out prompts", parts=(HELD_OUT,), policy_models=known)]
-    if held_out:
-        views.append(View(label="held-out policy models", parts=(HELD_OUT,), focus=held_out))
-    if domain:
-        views.append(View(label=f"{', '.join(domain)} prompts", parts=(HELD_OUT_DOMAIN,), policy_models=known))
-    return views
-
-
 def _judge(
-    run: CalibrationRun, sources: Sources, scored: Mapping[VariantName, Scored], split: _Split, view: View
+    run: CalibrationRun, sources: Sources, scored: Mapping[VariantName, Scored], split: Split, view: View
 ) -> DomainParts:
     # an offset belongs to a policy model: one that the calibration never saw has none
     judged = {name: item for name, item in scored.items() if not (name == "offsets" and view.focus)}
@@ -182,18 +129,30 @@ def _judge(
             for before, after in COMPARED
             if before in judged and after in judged
         ),
+        styles=tuple(
+            compare_styles(
+                (before, judged[before].scores),
+                ("calibrated", judged["calibrated"].scores),
+                responses,
+                split.parts,
+                view,
+                run.mismatch,
+            )
+            for before in BASELINES
+        ),
     )
 
 
 def _report(
     run: CalibrationRun,
     sources: Sources,
-    correction: _Correction,
+    correction: Correction,
     trained: Mapping[VariantName, TrainedModel],
     domains: tuple[DomainParts, ...],
     used: Used,
     warnings: tuple[str, ...],
     truth: ArtifactRef | None,
+    repeated: ArtifactRef | None,
 ) -> Report:
     models = {name: model.model for name, model in trained.items()}
     return compose_report(
@@ -207,10 +166,14 @@ def _report(
             selection=correction.selection,
             offsets=correction.offsets,
             pairs=correction.pairs.summary,
+            responses=sources.answers.rows,
             curves=tuple(CurveParts(variant=name, label=name, curve=model.curve) for name, model in trained.items()),
             benchmarks=run_benchmarks(run.benchmarks, {"untouched": sources.reward_model, **models}),
             truth=truth,
+            repeated_scores=repeated,
+            gate=run.promotion.gate,
             warnings=warnings,
+            notes=sources.answers.notes,
             provenance=describe_provenance("calibrate", run, used),
         )
     )
@@ -218,9 +181,9 @@ def _report(
 
 def _used(
     sources: Sources,
-    split: _Split,
+    split: Split,
     scored_seen: Scored,
-    correction: _Correction,
+    correction: Correction,
     trained: Mapping[VariantName, TrainedModel],
 ) -> Used:
     models = {f"{name} model": model.model.folder for name, model in trained.items()}
@@ -242,7 +205,7 @@ def _used(
 
 
 def _truth(
-    run: CalibrationRun, sources: Sources, scored: Mapping[VariantName, Scored], mismatch: ArtifactRef, split: _Split
+    run: CalibrationRun, sources: Sources, scored: Mapping[VariantName, Scored], mismatch: ArtifactRef, split: Split
 ) -> ArtifactRef | None:
     if run.simulation is None or sources.simulated is None:
         return None

@@ -57,7 +57,13 @@ def describe_provenance(flow: str, run: BaseModel, used: Used) -> Provenance:
 
 
 def finish(
-    session: Session, report: Report, used: Used, *, model: ArtifactRef | None = None, model_version: str | None = None
+    session: Session,
+    report: Report,
+    used: Used,
+    *,
+    model: ArtifactRef | None = None,
+    model_version: str | None = None,
+    promotion: str = "",
 ) -> Outcome:
     """Log the report and its numbers, link it in Prefect, and say what came out.
 
@@ -75,12 +81,10 @@ def finish(
     session.run.log_text(data.model_dump_json(indent=1), "report.json")
     path = _local_path(report.html.uri)
     summary = summary_text(data)
-    reuse = reuse_lines(explain(session.ledger, session.last))
-    session.run.log_text("\n".join(reuse), "steps.txt")
-    publish_markdown(
-        f"{data.kind}-steps", "\n".join(f"- {line}" for line in reuse), "What was reused, what ran, and why"
+    steps = step_lines(session)
+    registered = (
+        [f"Model    {model.uri}", f"         registered as {model_version}", f"         {promotion}"] if model else []
     )
-    registered = [f"Model    {model.uri}", f"         registered as {model_version}"] if model else []
     publish_link(
         f"{data.kind}-report", Path(path).as_uri() if path else report.html.uri, "Report", summary.splitlines()[0]
     )
@@ -92,9 +96,7 @@ def finish(
         tracking_url=session.run.url,
         model=model,
         model_version=model_version,
-        summary="\n".join(
-            [summary, *_indented("Steps", reuse), f"Report   {path or report.html.uri}", *registered, *_pages(session)]
-        ),
+        summary="\n".join([summary, *steps, f"Report   {path or report.html.uri}", *registered, *_pages(session)]),
     )
 
 
@@ -136,19 +138,23 @@ def _variant_table(data: ReportData) -> list[dict[str, Any]]:
 def _metrics(data: ReportData) -> dict[str, float | None]:
     metrics: dict[str, float | None] = {}
     for domain in data.domains:
-        metrics.update(_domain_metrics(domain))
+        metrics.update(domain_metrics(domain))
     for row in data.benchmarks:
         for value in row.values:
             metrics[f"{value.variant}/{row.benchmark}/{row.subset}/{row.metric}"] = value.value.value
+    for one in data.reliability:
+        error = one.as_scored.expected_calibration_error.value
+        metrics[f"{one.variant}/{one.benchmark}/expected calibration error"] = error
     if data.truth is not None:
         for value in data.truth.accuracy:
             metrics[f"{value.variant}/accuracy against the truth"] = value.value.value
     if data.pairs is not None:
         metrics["flip rate"] = data.pairs.flip_rate
-    return {_metric_name(name): value for name, value in metrics.items()}
+    return {metric_name(name): value for name, value in metrics.items()}
 
 
-def _domain_metrics(domain: ReportDomain) -> dict[str, float | None]:
+def domain_metrics(domain: ReportDomain) -> dict[str, float | None]:
+    """The numbers of one set of prompts and policy models that a tracker keeps."""
     metrics: dict[str, float | None] = {}
     for variant in domain.variants:
         prefix = f"{variant.name}/{domain.label}"
@@ -157,6 +163,9 @@ def _domain_metrics(domain: ReportDomain) -> dict[str, float | None]:
         metrics[f"{prefix}/tie rate"] = variant.mismatch.tie_rate
         metrics[f"{prefix}/spearman with elo"] = variant.agreement.spearman.value if variant.agreement else None
         metrics[f"{prefix}/score length correlation"] = variant.length_correlation
+        if variant.style is not None:
+            metrics[f"{prefix}/score length correlation within prompts"] = variant.style.length.within_prompt.value
+            metrics[f"{prefix}/score markdown correlation within prompts"] = variant.style.markdown.within_prompt.value
     for item in domain.comparisons:
         metrics[f"{item.after} minus {item.before}/{domain.label}/mean absolute mismatch"] = (
             item.comparison.difference.value
@@ -164,13 +173,22 @@ def _domain_metrics(domain: ReportDomain) -> dict[str, float | None]:
     return metrics
 
 
-def _metric_name(name: str) -> str:
+def metric_name(name: str) -> str:
+    """A name that the tracker accepts."""
     # MLflow allows letters, digits, and _ - . : / and spaces
     return "".join(char if char.isalnum() or char in "_-.:/ " else "_" for char in name)
 
 
 def _local_path(uri: str) -> str | None:
     return uri if not urlsplit(uri).scheme else None
+
+
+def step_lines(session: Session) -> list[str]:
+    """What this run reused, what it ran and why: published, and returned for the summary."""
+    lines = reuse_lines(explain(session.ledger, session.last))
+    session.run.log_text("\n".join(lines), "steps.txt")
+    publish_markdown("steps", "\n".join(f"- {line}" for line in lines), "What was reused, what ran, and why")
+    return _indented("Steps", lines)
 
 
 def _indented(head: str, lines: list[str]) -> list[str]:

@@ -141,7 +141,7 @@ def test_a_second_run_is_cached_in_every_step_and_has_its_metrics_all_the_same(f
 def test_one_changed_setting_runs_only_what_depends_on_it(first: Outcome, home: Path):
     changed = TINY.model_copy(update={"mismatch": MismatchConfig(bootstrap_replicates=120)})
     _, fresh = ran(changed)
-    measured = {"evaluate_variant", "compare_variants", "choose_models", "judge_truth"}
+    measured = {"evaluate_variant", "compare_variants", "compare_styles", "choose_models", "judge_truth"}
     assert fresh == {*measured, "compose_report", "package_model"}
 
 

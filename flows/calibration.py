@@ -1,0 +1,96 @@
+"""What a calibration and an ablation of it have in common: hold out, measure, correct, and where to judge."""
+
+from dataclasses import dataclass
+
+from charm_core.errors import ConfigError
+from charm_core.responses import CALIBRATION, HELD_OUT, HELD_OUT_DOMAIN
+from charm_core.selection import Selection
+from flows.runs import CalibrationRun
+from flows.sources import Sources, real_sources, simulated_sources
+from tasks.debiasing import ChosenModels, PairSet, build_pairs, choose_models, fit_model_offsets
+from tasks.evaluation import View, evaluate_variant
+from tasks.prompts import ResponseSet, select_responses, split_responses
+from tasks.scoring import Scored
+from tasks.store import ArtifactRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What the calibration sees, and what only the final comparison sees. Nothing is fitted on ``unseen``."""
+
+    parts: ArtifactRef
+    seen: ResponseSet
+    unseen: ResponseSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What was measured on the seen responses, and what follows from it."""
+
+    mismatch: ArtifactRef
+    selection: Selection
+    offsets: ArtifactRef
+    pairs: PairSet
+    control_pairs: PairSet
+
+
+def calibration_sources(run: CalibrationRun) -> Sources:
+    """What the run starts from."""
+    if run.simulation is not None:
+        return simulated_sources(run.simulation)
+    return real_sources(run.arena, run.responses, run.sampling, run.reward_model, run.training)
+
+
+def hold_out(run: CalibrationRun, sources: Sources) -> Split:
+    """Decide what only the final comparison sees, before anything is fitted.
+
+    Raises:
+        ConfigError: A held-out policy model without responses.
+    """
+    everyone, held_out = sources.responses.policy_models, run.split.held_out_policy_models
+    unknown = sorted(set(held_out) - set(everyone))
+    if unknown:
+        raise ConfigError(f"split.held_out_policy_models {unknown} have no responses; there are {list(everyone)}")
+    known = tuple(model for model in everyone if model not in held_out)
+    parts = split_responses(sources.responses, run.split, sources.answers.trained_on)
+    return Split(
+        parts=parts,
+        seen=select_responses(sources.responses, parts, (CALIBRATION,), known),
+        unseen=select_responses(sources.responses, parts, (HELD_OUT, HELD_OUT_DOMAIN), everyone),
+    )
+
+
+def measure_untouched(run: CalibrationRun, sources: Sources, scored: Scored) -> ArtifactRef:
+    """Mismatch of the untouched reward model on the calibration prompts."""
+    view = View(label="calibration prompts")
+    return evaluate_variant(
+        "untouched", scored.scores, None, sources.board.ratings, None, view, run.mismatch, scored.summary
+    )
+
+
+def correct(
+    run: CalibrationRun, ratings: ArtifactRef, split: Split, scored: Scored, mismatch: ArtifactRef
+) -> Correction:
+    """Choose models, fit offsets, and build the pairs, with the offsets and without."""
+    selection = choose_models(mismatch, run.selection)
+    chosen = ChosenModels.of(selection)
+    offsets = fit_model_offsets(scored.scores, ratings, chosen.references, run.calibration)
+    return Correction(
+        mismatch=mismatch,
+        selection=selection,
+        offsets=offsets,
+        pairs=build_pairs(split.seen, scored.scores, offsets, chosen, run.preferences),
+        control_pairs=build_pairs(split.seen, scored.scores, None, chosen, run.preferences),
+    )
+
+
+def judged_views(run: CalibrationRun, split: Split) -> list[View]:
+    """Held-out prompts; then, if there are any, held-out policy models and the second domain."""
+    held_out, domain = run.split.held_out_policy_models, run.split.held_out_prompt_sets
+    known = split.seen.policy_models
+    views = [View(label="held-out prompts", parts=(HELD_OUT,), policy_models=known)]
+    if held_out:
+        views.append(View(label="held-out policy models", parts=(HELD_OUT,), focus=held_out))
+    if domain:
+        views.append(View(label=f"{', '.join(domain)} prompts", parts=(HELD_OUT_DOMAIN,), policy_models=known))
+    return views
