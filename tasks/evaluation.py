@@ -3,7 +3,7 @@
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
-from charm_core.agreement import compare_mismatch, elo_agreement, score_length_correlation
+from charm_core.agreement import compare_mismatch, elo_agreement
 from charm_core.mismatch import (
     MismatchConfig,
     measure_mismatch,
@@ -12,11 +12,13 @@ from charm_core.mismatch import (
 )
 from charm_core.reward_model.jobs import ScoringSummary
 from charm_core.simulation import SimulationConfig, planted_overvaluation, truth_accuracy
+from charm_core.style_bias import StyleCorrelations, compare_style_correlations, style_correlations
 from charm_core.tables import PREFERENCES, RATINGS, RESPONSES, SCORES, WIN_RATES
 from tasks.caching import step
 from tasks.report_data import (
     PlantedBias,
     ReportComparison,
+    ReportStyleComparison,
     ReportVariant,
     ScoreQuantiles,
     ScoringNotes,
@@ -50,7 +52,7 @@ class View(BaseModel):
     )
 
 
-@step(version=1)
+@step(version=2)
 def evaluate_variant(
     store: ArtifactStore,
     name: VariantName,
@@ -62,9 +64,10 @@ def evaluate_variant(
     config: MismatchConfig,
     scoring: ScoringSummary | None = None,
 ) -> ArtifactRef:
-    """Mismatch, agreement with Elo, spread of scores and score-length correlation of one variant."""
+    """Mismatch, agreement with Elo, spread of scores and what style is worth, of one variant."""
     seen = _read_view(store, scores, split, view)
     board = store.read_table(ratings, RATINGS)
+    style = _style(seen, store.read_table(responses, RESPONSES), config) if responses is not None else None
     variant = ReportVariant(
         name=name,
         label=LABELS[name],
@@ -72,11 +75,8 @@ def evaluate_variant(
         agreement=elo_agreement(seen, board, config) if seen.get_column("policy_model").n_unique() > 2 else None,
         score_quantiles=_score_quantiles(seen),
         scoring=_scoring_notes(scoring) if scoring else None,
-        length_correlation=(
-            score_length_correlation(seen, store.read_table(responses, RESPONSES)).overall
-            if responses is not None
-            else None
-        ),
+        length_correlation=style.length.overall if style else None,
+        style=style,
     )
     return store.write_record(variant, "evidence")
 
@@ -153,6 +153,39 @@ def compare_variants(
         view.focus,
     )
     return store.write_record(ReportComparison(before=before[0], after=after[0], comparison=comparison), "comparison")
+
+
+@step(version=1)
+def compare_styles(
+    store: ArtifactStore,
+    before: tuple[VariantName, ArtifactRef],
+    after: tuple[VariantName, ArtifactRef],
+    responses: ArtifactRef,
+    split: ArtifactRef | None,
+    view: View,
+    config: MismatchConfig,
+) -> ArtifactRef:
+    """Paired comparison of what length and Markdown are worth to two variants."""
+    differences = compare_style_correlations(
+        _read_view(store, before[1], split, view),
+        _read_view(store, after[1], split, view),
+        store.read_table(responses, RESPONSES),
+        replicates=config.bootstrap_replicates,
+        seed=config.seed,
+        confidence=config.confidence,
+    )
+    record = ReportStyleComparison(before=before[0], after=after[0], differences=differences)
+    return store.write_record(record, "style_comparison")
+
+
+def _style(scores: pl.DataFrame, responses: pl.DataFrame, config: MismatchConfig) -> StyleCorrelations:
+    return style_correlations(
+        scores,
+        responses,
+        replicates=config.bootstrap_replicates,
+        seed=config.seed,
+        confidence=config.confidence,
+    )
 
 
 def _scoring_notes(summary: ScoringSummary) -> ScoringNotes:

@@ -6,17 +6,23 @@ from pydantic import BaseModel, ConfigDict
 
 from charm_core.offsets import OffsetFit
 from charm_core.preferences import PairSummary
+from charm_core.promotion import GateConfig
+from charm_core.promotion_evidence import RepeatedScores
 from charm_core.selection import Selection
 from tasks.arena import Board
 from tasks.caching import step
+from tasks.promotion import gate_section, judge_report
 from tasks.report_data import (
     BenchmarkRow,
     BoardInfo,
     CurvePoint,
+    PolicyModelResponses,
     Provenance,
     ReportComparison,
     ReportData,
     ReportDomain,
+    ReportReliability,
+    ReportStyleComparison,
     ReportVariant,
     TrainingCurve,
     TruthReport,
@@ -42,6 +48,7 @@ class DomainParts(_Part):
     held_out_models: tuple[str, ...] = ()
     variants: tuple[ArtifactRef, ...]
     comparisons: tuple[ArtifactRef, ...] = ()
+    styles: tuple[ArtifactRef, ...] = ()
 
 
 class CurveParts(_Part):
@@ -53,9 +60,10 @@ class CurveParts(_Part):
 
 
 class BenchmarkRows(_Part):
-    """Lines of the benchmark table."""
+    """Lines of the benchmark table, and how true probabilities are."""
 
     rows: tuple[BenchmarkRow, ...]
+    reliability: tuple[ReportReliability, ...] = ()
 
 
 class ReportParts(_Part):
@@ -73,7 +81,10 @@ class ReportParts(_Part):
     pairs: PairSummary | None = None
     curves: tuple[CurveParts, ...] = ()
     benchmarks: tuple[ArtifactRef, ...] = ()
+    responses: tuple[PolicyModelResponses, ...] = ()
     truth: ArtifactRef | None = None
+    repeated_scores: ArtifactRef | None = None
+    gate: GateConfig | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: Provenance
@@ -90,45 +101,54 @@ class Report(_Part):
 @step(version=1)
 def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
     """Gather the results, render the page and the model card."""
+    benchmarks = tuple(store.read_record(ref, BenchmarkRows) for ref in parts.benchmarks)
     data = ReportData(
         **parts.model_dump(include={"kind", "title", "reward_model", "base_model", "simulated", "warnings", "notes"}),
-        board=_board_info(parts.board),
-        domains=tuple(_domain(store, domain) for domain in parts.domains),
+        board=board_info(parts.board),
+        domains=tuple(read_domain(store, domain) for domain in parts.domains),
         selection=parts.selection,
         offsets=store.read_record(parts.offsets, OffsetFit) if parts.offsets else None,
         pairs=parts.pairs,
+        responses=parts.responses,
         curves=tuple(_curve(store, curve) for curve in parts.curves),
-        benchmarks=tuple(row for ref in parts.benchmarks for row in store.read_record(ref, BenchmarkRows).rows),
+        benchmarks=tuple(row for one in benchmarks for row in one.rows),
+        reliability=tuple(row for one in benchmarks for row in one.reliability),
         truth=store.read_record(parts.truth, TruthReport) if parts.truth else None,
+        repeated_scores=store.read_record(parts.repeated_scores, RepeatedScores) if parts.repeated_scores else None,
         provenance=parts.provenance,
     )
+    if parts.gate is not None:
+        data = data.model_copy(update={"verdict": judge_report(data, parts.gate)})
     return Report(
         html=store.write_bytes(render_report(data).encode(), "report", ".html"),
         data=store.write_record(data, "report_data"),
-        card=store.write_bytes(model_card(data).encode(), "model_card", ".md"),
+        card=store.write_bytes((model_card(data) + gate_section(data)).encode(), "model_card", ".md"),
     )
 
 
-def _board_info(board: Board) -> BoardInfo:
+def board_info(board: Board) -> BoardInfo:
+    """What a page says of a board."""
     return BoardInfo(
         name=board.name,
         category=board.category,
         style_control=board.style_control,
         date=board.date.isoformat() if board.date else "",
-        source=board.source,
-        licence=board.licence,
+        source=board.source if not board.revision else f"{board.source}, revision {board.revision}",
+        licence=". ".join(part for part in (board.licence, board.attribution) if part),
         digest=board.ratings.digest,
         note="; ".join(board.notes),
     )
 
 
-def _domain(store: ArtifactStore, parts: DomainParts) -> ReportDomain:
+def read_domain(store: ArtifactStore, parts: DomainParts) -> ReportDomain:
+    """One set of prompts and policy models, from what is stored about it."""
     return ReportDomain(
         label=parts.label,
         description=parts.description,
         held_out_models=parts.held_out_models,
         variants=tuple(store.read_record(ref, ReportVariant) for ref in parts.variants),
         comparisons=tuple(store.read_record(ref, ReportComparison) for ref in parts.comparisons),
+        styles=tuple(store.read_record(ref, ReportStyleComparison) for ref in parts.styles),
     )
 
 

@@ -5,11 +5,17 @@ from typing import Literal
 from pydantic import Field
 
 from charm_core.agreement import EloAgreement, MismatchComparison
+from charm_core.benchmarks.comparison import PairedTest
 from charm_core.mismatch import MismatchReport
 from charm_core.offsets import OffsetFit
 from charm_core.preferences import PairSummary
+from charm_core.probability_calibration import ProbabilityCalibration
+from charm_core.promotion import Verdict
+from charm_core.promotion_evidence import RepeatedScores
 from charm_core.records import Estimate, Record
+from charm_core.sampling import SampleCounts
 from charm_core.selection import Selection
+from charm_core.style_bias import StyleCorrelations, StyleDifferences
 
 VariantName = Literal["untouched", "control", "calibrated", "offsets"]
 VARIANTS: tuple[VariantName, ...] = ("untouched", "control", "calibrated", "offsets")
@@ -60,6 +66,8 @@ class ReportVariant(Record):
     scoring: ScoringNotes | None = None
     length_correlation: float | None = None
     """Spearman correlation of score with response length."""
+    style: StyleCorrelations | None = None
+    """Correlations of score with length and Markdown, within prompts too."""
 
 
 class ReportComparison(Record):
@@ -68,6 +76,14 @@ class ReportComparison(Record):
     before: VariantName
     after: VariantName
     comparison: MismatchComparison
+
+
+class ReportStyleComparison(Record):
+    """A paired comparison of what style is worth to two variants."""
+
+    before: VariantName
+    after: VariantName
+    differences: StyleDifferences
 
 
 class ReportDomain(Record):
@@ -80,6 +96,7 @@ class ReportDomain(Record):
     """Policy models of this domain that the calibration never saw."""
     variants: tuple[ReportVariant, ...] = Field(min_length=1)
     comparisons: tuple[ReportComparison, ...] = ()
+    styles: tuple[ReportStyleComparison, ...] = ()
 
     @property
     def coverage(self) -> str:
@@ -121,6 +138,20 @@ class VariantValue(Record):
 
     variant: VariantName
     value: Estimate
+    tie_rate: float | None = None
+    """Benchmarks: share of the decisive comparisons with equal scores."""
+    truncated: int | None = None
+    """Benchmarks: items with a text that was cut to be scored."""
+
+
+class BenchmarkTest(Record):
+    """Whether two variants differ in one line of the benchmark table."""
+
+    before: VariantName
+    after: VariantName
+    difference: Estimate
+    """After minus before, paired."""
+    test: PairedTest
 
 
 class BenchmarkRow(Record):
@@ -133,7 +164,21 @@ class BenchmarkRow(Record):
     values: tuple[VariantValue, ...]
     length_only: float | None = None
     """What a scorer that only knows the length would get."""
+    tests: tuple[BenchmarkTest, ...] = ()
     note: str = ""
+
+
+class ReportReliability(Record):
+    """Whether one variant's probabilities are true on the pairs of one benchmark."""
+
+    benchmark: str
+    variant: VariantName
+    as_scored: ProbabilityCalibration
+    """With sigmoid(score difference), as Bradley-Terry has it."""
+    score_temperature: float | None = None
+    """What fits these pairs best; None where none does."""
+    rescaled: ProbabilityCalibration | None = None
+    """With that temperature: what is left is the shape."""
 
 
 class PlantedBias(Record):
@@ -152,6 +197,17 @@ class TruthReport(Record):
     accuracy: tuple[VariantValue, ...] = ()
     """Share of response pairs in which the truly better one gets the higher score."""
     note: str = ""
+
+
+class PolicyModelResponses(Record):
+    """Where one policy model's responses come from, and how they ended."""
+
+    policy_model: str
+    source: str
+    decoding: str = ""
+    counts: SampleCounts
+    missing: int = 0
+    """Prompts of the set without a response."""
 
 
 class InputDigest(Record):
@@ -194,7 +250,12 @@ class ReportData(Record):
     pairs: PairSummary | None = None
     curves: tuple[TrainingCurve, ...] = ()
     benchmarks: tuple[BenchmarkRow, ...] = ()
+    reliability: tuple[ReportReliability, ...] = ()
+    responses: tuple[PolicyModelResponses, ...] = ()
     truth: TruthReport | None = None
+    repeated_scores: RepeatedScores | None = None
+    verdict: Verdict | None = None
+    """Of the promotion gate, without the rule that depends on who is champion."""
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """Further findings, in sentences."""

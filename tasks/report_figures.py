@@ -1,13 +1,21 @@
 """Which figures a report has, and what they show; ``figures`` draws them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from charm_core.mismatch import MismatchReport, PairMismatch
 from charm_core.records import Estimate, Record
 from tasks import figures
 from tasks.figures import NARROW, WIDE, BoxPanel, Frame, Panel, Point, Series
-from tasks.report_data import CurvePoint, ReportData, ReportDomain, VariantName
+from tasks.report_data import (
+    VARIANTS,
+    BenchmarkRow,
+    CurvePoint,
+    ReportData,
+    ReportDomain,
+    ReportReliability,
+    VariantName,
+)
 from tasks.report_text import by_overvaluation, number
 
 
@@ -33,6 +41,7 @@ def page_figures(data: ReportData) -> dict[str, PageFigure]:
         _curve_figure(data, "accuracy", "Share of pairs ordered as labelled", lambda point: point.accuracy),
         _planted_figure(data),
         _truth_accuracy_figure(data),
+        *reliability_figures(data.reliability, dict(benchmark_columns(data))),
     ]
     return {figure.name: figure for figure in drawn if figure is not None}
 
@@ -89,7 +98,7 @@ def _win_rate_figure(domain: ReportDomain) -> PageFigure:
     return _page_figure("win-rate", caption, draw, wide=len(panels) > 1)
 
 
-def _mean_score_figure(domain: ReportDomain) -> PageFigure | None:
+def _mean_score_figure(domain: ReportDomain, name: str = "mean-score") -> PageFigure | None:
     panels = []
     for variant in domain.variants:
         points = tuple(
@@ -112,7 +121,7 @@ def _mean_score_figure(domain: ReportDomain) -> PageFigure | None:
         "Hollow: policy models held out of the calibration. " if domain.held_out_models else ""
     )
     draw = partial(figures.scatter, panels=panels, labels=("Arena rating (Elo points)", "Mean score"))
-    return _page_figure("mean-score", caption + "Names where there is room.", draw, wide=len(panels) > 1)
+    return _page_figure(name, caption + "Names where there is room.", draw, wide=len(panels) > 1)
 
 
 def _distribution_figure(domain: ReportDomain) -> PageFigure | None:
@@ -199,15 +208,73 @@ def _truth_accuracy_figure(data: ReportData) -> PageFigure | None:
     return _page_figure("truth-accuracy", caption, draw, wide=False)
 
 
+def first_of_each(rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
+    """The first figure of every benchmark, which is the overall one where there is one."""
+    first: dict[str, BenchmarkRow] = {}
+    for row in rows:
+        first.setdefault(row.benchmark, row)
+    return list(first.values())
+
+
+def alignment_figures(domain: ReportDomain, suffix: str = "") -> list[PageFigure]:
+    """Overvaluation per policy model and mean score against rating, with a suffix to the figures' names."""
+    scores = _mean_score_figure(domain, f"mean-score{suffix}")
+    return [_overvaluation_figure(domain, f"overvaluation{suffix}"), *([scores] if scores else [])]
+
+
+def reliability_figures(rows: Sequence[ReportReliability], labels: Mapping[VariantName, str]) -> list[PageFigure]:
+    """For each benchmark, how often the favoured response is the right one, against how sure the reward model is.
+
+    Args:
+        rows: Of some benchmarks and variants.
+        labels: What the variants are called, in the order in which they are shown.
+    """
+    drawn = []
+    for place, benchmark in enumerate(dict.fromkeys(row.benchmark for row in rows)):
+        of_variant = {row.variant: row for row in rows if row.benchmark == benchmark}
+        panels = [_reliability_panel(of_variant[name], label) for name, label in labels.items() if name in of_variant]
+        pairs = next(iter(of_variant.values())).as_scored.pairs
+        caption = (
+            f"{benchmark}: how often the response with the higher score is the right one, against the probability that the "
+            f"reward model gives it, sigmoid of the score difference. {pairs:,} pairs, in bins of equal width; the number of "
+            f"pairs beside each dot. Below the dashed line the reward model is surer than it is right."
+        )
+        draw = partial(
+            figures.scatter,
+            panels=panels,
+            labels=("Probability (%)", "Right (%)"),
+            diagonal=True,
+            y_limits=(-4, 104),  # room for dots at either end
+        )
+        drawn.append(_page_figure(f"reliability-{place}", caption, draw, wide=len(panels) > 1))
+    return drawn
+
+
+def _reliability_panel(row: ReportReliability, label: str) -> Panel:
+    points = tuple(
+        Point(
+            x=100 * one.mean_probability,
+            y=100 * one.win_rate,
+            label=f"{one.pairs:,}",
+            priority=one.pairs,
+        )
+        for one in row.as_scored.bins
+        if one.mean_probability is not None and one.win_rate is not None
+    )
+    error = f"ECE {number(row.as_scored.expected_calibration_error.value, 3)}"
+    return Panel(variant=row.variant, title=f"{label} · {error}", points=points)
+
+
 def variant_label(data: ReportData, name: VariantName) -> str:
     """What a variant is called in the main domain."""
     variant = data.main.variant(name)
     return variant.label if variant else name
 
 
-def benchmark_variants(data: ReportData) -> set[str]:
-    """Variants that the benchmark table has numbers for."""
-    return {value.variant for row in data.benchmarks for value in row.values}
+def benchmark_columns(data: ReportData) -> list[tuple[VariantName, str]]:
+    """Variants that the benchmark table has numbers for, with what they are called, in the order in which they are shown."""
+    known = {value.variant for row in data.benchmarks for value in row.values}
+    return [(name, variant_label(data, name)) for name in VARIANTS if name in known]
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:

@@ -82,6 +82,11 @@ def number(value: float | None, digits: int, *, signed: bool = False) -> str:
     return text.replace("-", "−")
 
 
+def p_value(value: float | None) -> str:
+    """A p-value to three digits."""
+    return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
+
+
 elo = partial(number, digits=0, signed=True)
 
 
@@ -137,18 +142,18 @@ def summary_text(data: ReportData, top: int = 5) -> str:
         parts.append(
             f"{domain.label} ({domain.variants[0].mismatch.prompts:,} prompts), with {domain.coverage} intervals"
         )
-        parts.append(_aligned([_VARIANT_HEADER, *_variant_rows(domain)]))
+        parts.append(aligned([_VARIANT_HEADER, *_variant_rows(domain)]))
     first = data.main.variants[0]
     rows = [
         [model.policy_model, _estimate(model.overvaluation, 0, signed=True), "flagged" if model.flagged else ""]
         for model in by_overvaluation(data.main)[:top]
     ]
     parts.append(f"most overvalued by the {first.name} reward model, in Elo points")
-    parts.append(_aligned([["policy model", "overvaluation", ""], *rows]))
+    parts.append(aligned([["policy model", "overvaluation", ""], *rows]))
     if data.truth is not None:
         accuracy = [[value.variant, _estimate(value.value, 3)] for value in data.truth.accuracy]
         parts.append("accuracy against the simulation's truth, held-out prompts")
-        parts.append(_aligned([["reward model", "right"], *accuracy]))
+        parts.append(aligned([["reward model", "right"], *accuracy]))
     parts.extend(data.notes)
     parts.extend(f"warning: {warning}" for warning in data.warnings)
     return "\n\n".join(parts) + "\n"
@@ -202,7 +207,8 @@ def _latest(domain: ReportDomain) -> ReportVariant:
     return domain.variant("calibrated") or domain.variants[0]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text, in columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

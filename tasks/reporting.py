@@ -9,9 +9,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tasks import figures
-from tasks.report_data import VARIANTS, ReportData
-from tasks.report_figures import benchmark_variants, heat_map, page_figures, scaled, variant_label
-from tasks.report_text import answer, by_overvaluation, elo, number, span
+from tasks.report_data import ReportData
+from tasks.report_figures import benchmark_columns, first_of_each, heat_map, page_figures, scaled, variant_label
+from tasks.report_text import answer, by_overvaluation, elo, number, p_value, span
 
 
 def render_report(data: ReportData) -> str:
@@ -23,6 +23,12 @@ def render_report(data: ReportData) -> str:
     Returns:
         The page. The same data and versions give the same text, so it can be stored by its content.
     """
+    template = page_environment().get_template("report.html.j2")
+    return template.render(data=data, answer=answer(data), figures=page_figures(data))
+
+
+def page_environment() -> Environment:
+    """Jinja with what the pages' templates use."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -31,16 +37,15 @@ def render_report(data: ReportData) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number, elo=elo, span=span, scaled=scaled, themed=figures.themed, heat_map=heat_map
+        number=number, elo=elo, span=span, p_value=p_value, scaled=scaled, themed=figures.themed, heat_map=heat_map
     )
     environment.globals.update(
         by_overvaluation=by_overvaluation,
-        shown_variants=benchmark_variants,
+        first_of_each=first_of_each,
+        benchmark_columns=benchmark_columns,
         variant_label=variant_label,
-        variant_names=VARIANTS,
     )
-    template = environment.get_template("report.html.j2")
-    return template.render(data=data, answer=answer(data), figures=page_figures(data))
+    return environment
 
 
 def figures_for_tracking(data: ReportData) -> dict[str, bytes]:
