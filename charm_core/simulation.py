@@ -56,6 +56,7 @@ __all__ = [
     "WRITERS",
     "SimulatedArena",
     "SimulationConfig",
+    "arena_lexicon",
     "planted_overvaluation",
     "simulate_arena",
     "truth_accuracy",
@@ -107,6 +108,11 @@ def simulate_arena(config: SimulationConfig) -> SimulatedArena:
         writers=_writers_frame(writers),
         vocabulary=lexicon.vocabulary,
     )
+
+
+def arena_lexicon(config: SimulationConfig) -> Lexicon:
+    """The invented words of the arena that this configuration draws, by which any text about it can be read."""
+    return invent_lexicon(_streams(config)[1], config.topics, config.facts_per_topic)
 
 
 def planted_overvaluation(config: SimulationConfig) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from prefect import flow
 
+from charm_core.best_of_n import BestOfNConfig, BestOfNReport
 from charm_core.responses import HELD_OUT
 from flows.calibration import (
     Correction,
@@ -27,6 +28,7 @@ from flows.runs import CalibrationRun
 from flows.session import Session, check_services, open_session
 from flows.sources import Sources
 from tasks.benchmarking import run_benchmarks
+from tasks.best_of_n import best_of_n_markdown, best_of_n_metrics, pick_best_of_n
 from tasks.debiasing import (
     offset_scores,
     rate_by_scores,
@@ -83,6 +85,7 @@ def calibrate(run: CalibrationRun = DEMO) -> Outcome:
         used = _used(sources, split, scored_seen, correction, trained)
         warnings = sources.warnings + sources.answers.warnings + _warnings(scored_seen, split.seen.empty_responses)
         truth = _truth(run, sources, scored, correction.mismatch, split)
+        _best_of_n(session, sources, scored, split)
         repeated = score_again(calibrated.model, split.unseen, scored["calibrated"].scores, run.promotion.gate)
         report = _report(run, sources, correction, trained, domains, used, warnings, truth, repeated)
         released = package_model(calibrated.model, report.card)
@@ -141,6 +144,25 @@ def _judge(
             for before in BASELINES
         ),
     )
+
+
+def _best_of_n(session: Session, sources: Sources, scored: Mapping[VariantName, Scored], split: Split) -> None:
+    """What each variant would pick of several policy models' responses: published, and logged as metrics."""
+    picked = pick_best_of_n(
+        tuple((name, item.scores) for name, item in scored.items() if name != "offsets"),
+        split.unseen.responses,
+        BestOfNConfig(),
+        ratings=sources.board.ratings,
+        quality=sources.simulated.true_quality if sources.simulated else None,
+        split=split.parts,
+        view=View(label="held-out prompts", parts=(HELD_OUT,)),
+        compared=tuple((before, "calibrated") for before in BASELINES),
+    )
+    report = session.store.read_record(picked, BestOfNReport)
+    session.run.log_metrics(best_of_n_metrics(report))
+    table = best_of_n_markdown(report)
+    session.run.log_text(table, "best_of_n.md")
+    publish_markdown("best-of-n", table, "What each variant picks of n responses to a held-out prompt")
 
 
 def _report(

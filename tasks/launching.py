@@ -24,7 +24,15 @@ import psutil
 
 from charm_core import errors
 from charm_core.errors import ConfigError, TrainingError, WorkerLostError
+from charm_core.reward_model.findings import PreflightJob, PreflightReport
+from charm_core.reward_model.generation_job import GenerationJob
 from charm_core.reward_model.jobs import CurveRecord, Launch, ScoringJob, ScoringSummary, TrainingJob, TrainingOutcome
+from charm_core.reward_model.post_training_job import (
+    PostTrainingConfig,
+    PostTrainingJob,
+    PostTrainingOutcome,
+    TinyPolicyJob,
+)
 from charm_core.reward_model.spec import TrainingConfig
 from charm_core.reward_model.workdir import (
     CURVE,
@@ -137,7 +145,83 @@ def run_scoring(
     return ScoringSummary.model_validate_json(job.scores_path.with_suffix(".json").read_text())
 
 
-def rank_count(config: TrainingConfig) -> int:
+def run_preflight(job: PreflightJob) -> PreflightReport:
+    """Look at a reward model in a process of its own, which imports what this one need not.
+
+    Args:
+        job: What to look at; the report is at ``job.report_path`` afterwards.
+
+    Raises:
+        ServiceError: The model is on the hub, which does not answer.
+        TrainingError: Anything else; its message ends with the last lines that the process printed.
+    """
+    with TemporaryDirectory(prefix="charm-preflight-") as folder:
+        launch = Path(folder) / LAUNCH
+        launch.write_text(Launch(preflight=job, parent=identify(os.getpid())).model_dump_json())
+        _run(
+            [sys.executable, "-m", WORKER, str(launch)],
+            _environment(None, allocator={}),
+            launch.parent,
+            None,
+            None,
+            lambda: None,
+        )
+    return PreflightReport.model_validate_json(job.report_path.read_text())
+
+
+def run_generation(job: GenerationJob, poll: Callable[[], None], log: OnLine | None = None) -> None:
+    """Answer prompts in a process of its own; the answers are at ``job.answers_path``, line by line as they come.
+
+    Args:
+        job: What to answer.
+        poll: Called about ten times a second; what it raises ends the process.
+        log: Called with every line that the process prints.
+
+    Raises:
+        WorkerLostError: The process was killed.
+        ModelError, ConfigError: The job cannot be done as it is.
+        TrainingError: Anything else; its message ends with the last lines that the process printed.
+    """
+    with TemporaryDirectory(prefix="charm-generation-") as folder:
+        launch = Path(folder) / LAUNCH
+        launch.write_text(Launch(generation=job, parent=identify(os.getpid())).model_dump_json())
+        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, None, log, poll)
+
+
+def run_post_training(job: PostTrainingJob, log: OnLine | None = None) -> PostTrainingOutcome:
+    """Post-train a policy model in processes of their own; it is at ``job.output_dir`` afterwards.
+
+    Args:
+        job: What to train. ``job.config.ranks`` processes under DeepSpeed, else one.
+        log: Called with every line that the processes print.
+
+    Raises:
+        WorkerLostError: A process was killed.
+        ModelError, ConfigError, ArtifactError: The job cannot be done as it is.
+        TrainingError: Anything else; its message ends with the last lines that the processes printed.
+    """
+    with TemporaryDirectory(prefix="charm-post-training-") as folder:
+        launch = Path(folder) / LAUNCH
+        launch.write_text(Launch(post_training=job, parent=identify(os.getpid())).model_dump_json())
+        command, environment = _training_command(launch, job.config), _environment(job.config)
+        _run(command, environment, launch.parent, None, log, lambda: None)
+    return PostTrainingOutcome.model_validate_json(job.outcome_path.read_text())
+
+
+def run_tiny_policy(job: TinyPolicyJob, log: OnLine | None = None) -> None:
+    """Teach a tiny policy model in a process of its own; it is at ``job.output_dir`` afterwards.
+
+    Raises:
+        WorkerLostError: The process was killed.
+        ConfigError: The job cannot be done as it is.
+    """
+    with TemporaryDirectory(prefix="charm-tiny-policy-") as folder:
+        launch = Path(folder) / LAUNCH
+        launch.write_text(Launch(tiny_policy=job, parent=identify(os.getpid())).model_dump_json())
+        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, None, log, lambda: None)
+
+
+def rank_count(config: TrainingConfig | PostTrainingConfig) -> int:
     """How many processes a configuration means on this machine.
 
     Raises:
@@ -153,7 +237,7 @@ def rank_count(config: TrainingConfig) -> int:
     return config.ranks
 
 
-def _training_command(launch: Path, config: TrainingConfig) -> list[str]:
+def _training_command(launch: Path, config: TrainingConfig | PostTrainingConfig) -> list[str]:
     worker = ["-m", WORKER, str(launch)]
     if config.zero_stage is None:
         return [sys.executable, *worker]
@@ -161,8 +245,17 @@ def _training_command(launch: Path, config: TrainingConfig) -> list[str]:
     return [sys.executable, *torchrun, *worker]
 
 
-def _environment(config: TrainingConfig | None) -> dict[str, str]:
-    """The environment of the workers; the thread count is all cores for scoring and plain training."""
+def _environment(
+    config: TrainingConfig | PostTrainingConfig | None, allocator: dict[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of the workers; the thread count is all cores for scoring and plain training.
+
+    Args:
+        config: Of a training, or none.
+        allocator: Settings of the memory allocator; default: ``ALLOCATOR`` where there is no GPU, which takes torch to tell.
+    """
+    if allocator is None:
+        allocator = {} if _gpu_count() else ALLOCATOR
     if config is None or config.threads_per_rank == "auto":
         threads = max(1, _cores() // (rank_count(config) if config else 1))
     else:
@@ -171,7 +264,7 @@ def _environment(config: TrainingConfig | None) -> dict[str, str]:
     paths = [checkout, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
-        **({} if _gpu_count() else ALLOCATOR),
+        **allocator,
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(paths),

@@ -5,6 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from charm_core.reward_model.findings import PreflightJob
+from charm_core.reward_model.generation_job import GenerationJob
+from charm_core.reward_model.post_training_job import PostTrainingJob, TinyPolicyJob
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 
 
@@ -36,6 +39,9 @@ class ScoringJob(BaseModel):
     responses_path: Path = Field(description="RESPONSES as Parquet.")
     scores_path: Path = Field(
         description="Where SCORES go as Parquet; the summary lies beside it with the suffix .json."
+    )
+    cuts_path: Path | None = Field(
+        default=None, description="Where it goes which texts were cut, as Parquet; none: not written."
     )
 
 
@@ -99,6 +105,10 @@ class Launch(BaseModel):
 
     training: TrainingJob | None = None
     scoring: ScoringJob | None = None
+    preflight: PreflightJob | None = None
+    generation: GenerationJob | None = None
+    post_training: PostTrainingJob | None = None
+    tiny_policy: TinyPolicyJob | None = None
     parent: ProcessIdentity | None = Field(
         default=None, description="Workers end when this process has ended; none: never."
     )

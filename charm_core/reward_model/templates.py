@@ -60,7 +60,7 @@ def chat_ids(
     Raises:
         ModelError: The template refuses the conversation.
     """
-    template = _with_fixed_date(tokenizer.get_chat_template(), day)
+    template = fixed_template(tokenizer, day)
     try:
         text = tokenizer.apply_chat_template(
             conversation, chat_template=template, tokenize=False, add_generation_prompt=answer_begins
@@ -72,6 +72,11 @@ def chat_ids(
         ) from error
     # The template has written the special tokens itself.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def fixed_template(tokenizer: Any, day: date = TEMPLATE_DATE) -> str:
+    """A tokenizer's chat template with its clock stopped at a day, for those who render with it themselves."""
+    return _with_fixed_date(tokenizer.get_chat_template(), day)
 
 
 def response_start(tokenizer: Any, conversation: list[dict[str, str]], ids: Sequence[int]) -> int:

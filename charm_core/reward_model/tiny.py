@@ -47,7 +47,7 @@ def build_tiny_reward_model(
             "a tiny reward model needs distinct words and a width that is a multiple of 16, not "
             f"{len(vocabulary)} words of which {len(set(vocabulary))} are distinct and a width of {hidden_size}"
         )
-    tokenizer = _word_tokenizer(vocabulary, max_length)
+    tokenizer = word_tokenizer(vocabulary, max_length)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -69,7 +69,8 @@ def build_tiny_reward_model(
     tokenizer.save_pretrained(folder)
 
 
-def _word_tokenizer(vocabulary: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(vocabulary: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, with a chat template and an end-of-text token; other words are one unknown token."""
     words = (_PAD, _UNKNOWN, _END, *_ROLES, *vocabulary)
     words_to_ids = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=_UNKNOWN))
     words_to_ids.pre_tokenizer = Whitespace()

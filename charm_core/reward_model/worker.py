@@ -11,13 +11,22 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from charm_core.errors import CharmError
+from charm_core.reward_model.findings import PreflightJob
+from charm_core.reward_model.generation_job import GenerationJob
 from charm_core.reward_model.jobs import Launch, ProcessIdentity, ScoringJob, TrainingJob
+from charm_core.reward_model.post_training_job import PostTrainingJob, TinyPolicyJob
 from charm_core.reward_model.workdir import FAILURE, Failure, write_text
+
+if TYPE_CHECKING:
+    from charm_core.reward_model.ranks import Rank
 
 logger = logging.getLogger("charm_core.reward_model.worker")
 
@@ -39,6 +48,14 @@ def main(arguments: list[str]) -> int:
             _train(launch.training)
         if launch.scoring is not None:
             _score(launch.scoring)
+        if launch.preflight is not None:
+            _look(launch.preflight)
+        if launch.generation is not None:
+            _generate(launch.generation)
+        if launch.post_training is not None:
+            _post_train(launch.post_training)
+        if launch.tiny_policy is not None:
+            _teach(launch.tiny_policy)
     except Exception as error:
         traceback.print_exc()
         kind = type(error).__name__ if isinstance(error, CharmError) else "unexpected"
@@ -79,12 +96,27 @@ def is_alive(process: ProcessIdentity) -> bool:
 
 
 def _train(job: TrainingJob) -> None:
+    from charm_core.reward_model.training import train
+
+    with _rank(in_group=job.config.zero_stage is not None) as rank:
+        train(job, rank)
+
+
+def _post_train(job: PostTrainingJob) -> None:
+    from charm_core.reward_model.post_training import post_train
+
+    with _rank(in_group=job.config.zero_stage is not None) as rank:
+        post_train(job, rank)
+
+
+@contextmanager
+def _rank(*, in_group: bool) -> Iterator["Rank"]:
+    """Which of the processes this is; under DeepSpeed a member of their group."""
     import torch
     import torch.distributed as dist
     from transformers.utils import logging as transformers_logging
 
     from charm_core.reward_model.ranks import Rank
-    from charm_core.reward_model.training import train
 
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -96,10 +128,10 @@ def _train(job: TrainingJob) -> None:
     number, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if number:
         logging.getLogger().setLevel(logging.WARNING)
-    if job.config.zero_stage is not None:
+    if in_group:
         _join_group("nccl" if cuda else "gloo")
-    train(job, Rank(number=number, world_size=world_size, device=device))
-    if job.config.zero_stage is not None:
+    yield Rank(number=number, world_size=world_size, device=device)
+    if in_group:
         dist.destroy_process_group()
 
 
@@ -128,8 +160,48 @@ def _score(job: ScoringJob) -> None:
     result = score_responses(job.model, pl.read_parquet(job.prompts_path), pl.read_parquet(job.responses_path), report)
     partial = job.scores_path.with_name(f"{job.scores_path.name}.partial")
     result.scores.write_parquet(partial)
+    if job.cuts_path is not None:
+        result.cuts.write_parquet(job.cuts_path)
     write_text(job.scores_path.with_suffix(".json"), result.summary.model_dump_json(indent=1))
     partial.replace(job.scores_path)
+
+
+def _look(job: PreflightJob) -> None:
+    import polars as pl
+    from transformers.utils import logging as transformers_logging
+
+    from charm_core.reward_model.preflight.run import preflight
+
+    transformers_logging.set_verbosity_error()
+    texts = [] if job.texts_path is None else pl.read_parquet(job.texts_path).select("messages", "response").rows()
+    report = preflight(job.model, texts, texts_in_all=job.texts_in_all, training=job.training)
+    write_text(job.report_path, report.model_dump_json(indent=1))
+
+
+def _generate(job: GenerationJob) -> None:
+    import polars as pl
+    from transformers.utils import logging as transformers_logging
+
+    from charm_core.reward_model import generation, vllm_generation
+
+    transformers_logging.disable_progress_bar()
+    engine = vllm_generation if job.model.engine == "vllm" else generation
+    with job.answers_path.open("a", encoding="utf-8") as file:
+        for answers in engine.generate_answers(job.model, job.decoding, pl.read_parquet(job.prompts_path)):
+            file.writelines(f"{answer.model_dump_json()}\n" for answer in answers)
+            file.flush()
+
+
+def _teach(job: TinyPolicyJob) -> None:
+    import polars as pl
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from charm_core.reward_model.tiny_policy import teach_tiny_policy_model
+
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)  # its matrices are too small for two
+    teach_tiny_policy_model(job, pl.read_parquet(job.prompts_path), pl.read_parquet(job.responses_path))
 
 
 PROGRESS = "scored "

@@ -169,7 +169,7 @@ def test_a_list_of_trained_prompts_that_matches_nothing_is_an_error(store: Artif
     file = source(tmp_path, "responses.parquet", table())
     listed = source(tmp_path, "ids.txt", "other-1\nother-2\n")
     for exclude in (False, True):
-        with pytest.raises(ConfigError, match="none of the 2 ids in responses.trained_on"):
+        with pytest.raises(ConfigError, match=r"none of the 2 ids in responses\.trained_on"):
             load(store, file, listed, exclude_trained_on=exclude)
     one = source(tmp_path, "one.txt", "p 01\nother-2\n")
     assert load(store, file, one).prompts.rows == PROMPT_COUNT
