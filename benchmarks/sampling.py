@@ -25,8 +25,8 @@ from tempfile import TemporaryDirectory
 from openai import AsyncOpenAI, OpenAI, OpenAIError
 
 from charm_core.sampling import Answer, Decoding
-from tasks.chat import Prompt, ask_chat
-from tasks.journal import Journal
+from tasks.answering.chat import Prompt, ask_chat
+from tasks.answering.journal import Journal
 from tasks.policy_models import OpenAIBackend
 from tests.endpoint_server import Asked, EndpointServer, Reply, failure
 

@@ -22,11 +22,11 @@ from flows.runs import AblationRun, CalibrationRun
 from flows.session import Session, check_services, open_session
 from flows.sources import Sources, rated
 from tasks.ablation import compose_ablation, measures_of, remove_length
-from tasks.ablation_page import AblationPage, ablation_answer, ablation_text
 from tasks.debiasing import PairSet, offset_scores, rate_by_scores
 from tasks.evaluation import View, evaluate_variant, judge_truth
+from tasks.pages.ablation_page import AblationPage, ablation_answer, ablation_text
+from tasks.pages.report_data import VariantName
 from tasks.publishing import publish_link, publish_markdown, run_logger
-from tasks.report_data import VariantName
 from tasks.scoring import Scored, score_responses
 from tasks.store import ArtifactRef
 from tasks.training import TrainedModel, ratings_for, train_reward_model

@@ -20,10 +20,10 @@ from tasks.debiasing import check_offsets, choose_models
 from tasks.evaluation import View, evaluate_preferences, evaluate_variant, evaluate_win_rates
 from tasks.evidence import DomainParts, ReportParts, compose_report
 from tasks.judging import JudgeConfig, judge_responses
+from tasks.pages.report_data import ReportVariant
+from tasks.pages.report_text import mismatch_markdown
 from tasks.publishing import publish_markdown
 from tasks.remote_scoring import RemoteScorerConfig, score_remotely
-from tasks.report_data import ReportVariant
-from tasks.report_text import mismatch_markdown
 from tasks.scoring import ScoresConfig, load_preferences, load_scores, load_win_rates, score_responses
 from tasks.store import ArtifactRef, source_file
 

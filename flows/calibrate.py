@@ -35,11 +35,11 @@ from tasks.debiasing import (
 )
 from tasks.evaluation import View, compare_styles, compare_variants, evaluate_variant, judge_truth
 from tasks.evidence import CurveParts, DomainParts, Report, ReportParts, compose_report
+from tasks.pages.report_data import ReportVariant, VariantName
+from tasks.pages.report_text import mismatch_markdown
 from tasks.promotion import score_again
 from tasks.publishing import publish_markdown
 from tasks.registry import judge_promotion, package_model, register_model
-from tasks.report_data import ReportVariant, VariantName
-from tasks.report_text import mismatch_markdown
 from tasks.scoring import Scored, score_responses
 from tasks.store import ArtifactRef
 from tasks.training import TrainedModel, log_training, ratings_for, train_reward_model

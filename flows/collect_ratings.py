@@ -22,8 +22,11 @@ from flows.presets import COLLECT_RATINGS, official_ratings
 from flows.runs import CollectRatingsRun
 from flows.session import Session, check_services, open_session
 from tasks.arena import DATE_NOTES, Board, board_of, kept_note, match_ratings, obtain_board, obtain_history
+from tasks.pages.rating_page import rating_figures_for_tracking
+from tasks.pages.rating_page_data import RatingHistory, RatingPageData, SnapshotRow
+from tasks.pages.rating_text import rating_summary
 from tasks.publishing import publish_link, publish_markdown, publish_table
-from tasks.rating_changes import (
+from tasks.ratings.changes import (
     ComparedBoards,
     Movement,
     PolicyNames,
@@ -34,10 +37,7 @@ from tasks.rating_changes import (
     compose_rating_page,
     trace_boards,
 )
-from tasks.rating_page import rating_figures_for_tracking
-from tasks.rating_page_data import RatingHistory, RatingPageData, SnapshotRow
-from tasks.rating_text import rating_summary
-from tasks.snapshots import KeptSnapshot, find_snapshot, list_snapshots
+from tasks.ratings.snapshots import KeptSnapshot, find_snapshot, list_snapshots
 from tasks.store import ArtifactRef, ArtifactStore, source_file
 
 OFFICIAL = official_ratings()

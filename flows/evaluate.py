@@ -24,19 +24,19 @@ from flows.subjects import ScoredResponses, Subject, local_subjects
 from tasks.benchmark_sources import StoredBenchmark, load_benchmarks
 from tasks.benchmarking import judge_scored
 from tasks.evaluation import View, compare_styles, compare_variants, evaluate_variant
-from tasks.evaluation_page import (
+from tasks.evidence import DomainParts
+from tasks.pages.evaluation_page import (
     EvaluationPage,
     EvaluationParts,
     compose_evaluation_page,
     evaluation_figures_for_tracking,
 )
-from tasks.evaluation_page_data import EvaluatedModel, EvaluationData
-from tasks.evaluation_text import evaluation_summary
-from tasks.evidence import DomainParts
+from tasks.pages.evaluation_page_data import EvaluatedModel, EvaluationData
+from tasks.pages.evaluation_text import evaluation_summary
+from tasks.pages.report_data import VariantName
 from tasks.preflight import check_before_run
 from tasks.prompts import ResponseSet, select_responses, split_responses
 from tasks.publishing import publish_link, publish_markdown, publish_table
-from tasks.report_data import VariantName
 from tasks.scoring import RewardModelRef
 from tasks.store import ArtifactRef
 from tasks.text_scores import ScoredTexts

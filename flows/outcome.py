@@ -13,10 +13,10 @@ from flows.command_line import settings_toml
 from flows.session import Session
 from tasks.evidence import Report
 from tasks.ledger import explain, reuse_lines
+from tasks.pages.report_data import InputDigest, Provenance, ReportData, ReportDomain
+from tasks.pages.report_text import summary_text
+from tasks.pages.reporting import figures_for_tracking
 from tasks.publishing import publish_link, publish_markdown, publish_table
-from tasks.report_data import InputDigest, Provenance, ReportData, ReportDomain
-from tasks.report_text import summary_text
-from tasks.reporting import figures_for_tracking
 from tasks.store import ArtifactRef
 from tasks.tracking import git_revision, package_versions
 

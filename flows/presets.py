@@ -18,7 +18,7 @@ from flows.runs import (
     SimulatedPolicy,
 )
 from tasks.arena import ArenaConfig
-from tasks.rating_sources import OFFICIAL_DATASET
+from tasks.ratings.sources import OFFICIAL_DATASET
 from tasks.registry import PromotionConfig
 from tasks.simulation import SimulatedWorld
 

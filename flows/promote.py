@@ -23,10 +23,10 @@ from flows.session import Session, check_services, open_session
 from flows.settings import RuntimeSettings
 from tasks.hub_push import HubConfig, push_version
 from tasks.model_registry import ModelRegistry, Move, RegisteredModel
+from tasks.pages.report_data import ReportData
+from tasks.pages.report_text import aligned
 from tasks.publishing import publish_markdown
 from tasks.registry import GATE_TAG, PromotionConfig, evidence_ref, judge_promotion, roll_back, withdraw
-from tasks.report_data import ReportData
-from tasks.report_text import aligned
 from tasks.tracking import open_registry
 
 

@@ -8,10 +8,10 @@ from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from tasks.arena import ArenaConfig, Board, fit_arena_ratings, match_ratings, obtain_board
 from tasks.caching import current_store
 from tasks.gathering import SamplingConfig, gather_responses
+from tasks.pages.report_data import PolicyModelResponses
 from tasks.preflight import check_before_run
 from tasks.prompts import ResponsesConfig, ResponseSet, load_responses
 from tasks.publishing import run_logger
-from tasks.report_data import PolicyModelResponses
 from tasks.scoring import RewardModelRef, identify_reward_model
 from tasks.simulation import SimulatedSources, SimulatedWorld, simulate_sources
 from tasks.store import ArtifactRef, SourceFile, source_file

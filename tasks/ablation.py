@@ -5,9 +5,9 @@ from pydantic import BaseModel, ConfigDict
 from charm_core.ablation import CellMeasures, summarise_cells
 from charm_core.length_regression import fit_length_curve, without_length
 from charm_core.tables import RESPONSES, SCORES
-from tasks.ablation_page import MEASURES, AblationPage, Measure, render_ablation
 from tasks.caching import step
-from tasks.report_data import Provenance, ReportVariant, TruthReport
+from tasks.pages.ablation_page import MEASURES, AblationPage, Measure, render_ablation
+from tasks.pages.report_data import Provenance, ReportVariant, TruthReport
 from tasks.store import ArtifactRef, ArtifactStore
 
 

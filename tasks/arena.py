@@ -24,10 +24,10 @@ from charm_core.leaderboards import (
 from charm_core.raw_battles import BattleTable
 from charm_core.tables import BATTLES, RATINGS
 from tasks.caching import current_store, step
-from tasks.fetching import FetchConfig
-from tasks.rating_reading import read_boards
-from tasks.rating_sources import HUB, Located, Origin, SourceQuery, local_file, locate
-from tasks.snapshots import BoardName, KeptSnapshot, RatingSnapshot, find_snapshot, keep_snapshots
+from tasks.ratings.fetching import FetchConfig
+from tasks.ratings.reading import read_boards
+from tasks.ratings.snapshots import BoardName, KeptSnapshot, RatingSnapshot, find_snapshot, keep_snapshots
+from tasks.ratings.sources import HUB, Located, Origin, SourceQuery, local_file, locate
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile
 
 DATE_NOTES: dict[DateKind, str] = {

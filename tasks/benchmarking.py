@@ -19,7 +19,7 @@ from charm_core.tables import SCORES
 from tasks.benchmark_sources import BenchmarksConfig, Resampling, StoredBenchmark, load_benchmarks
 from tasks.caching import step
 from tasks.evidence import BenchmarkRows
-from tasks.report_data import BenchmarkRow, BenchmarkTest, ReportReliability, VariantName, VariantValue
+from tasks.pages.report_data import BenchmarkRow, BenchmarkTest, ReportReliability, VariantName, VariantValue
 from tasks.scoring import RewardModelRef
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.text_scores import ScoredTexts, score_texts

@@ -10,8 +10,8 @@ from charm_core.preferences import PairSummary, PreferenceConfig, build_preferen
 from charm_core.selection import ModelChoice, Selection, SelectionConfig, select_models
 from charm_core.tables import PAIRS, PROMPTS, RATINGS, RESPONSES, SCORES
 from tasks.caching import step
+from tasks.pages.report_data import ReportVariant
 from tasks.prompts import ResponseSet
-from tasks.report_data import ReportVariant
 from tasks.store import ArtifactRef, ArtifactStore
 
 

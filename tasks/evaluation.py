@@ -15,7 +15,7 @@ from charm_core.simulation import SimulationConfig, planted_overvaluation, truth
 from charm_core.style_bias import StyleCorrelations, compare_style_correlations, style_correlations
 from charm_core.tables import PREFERENCES, RATINGS, RESPONSES, SCORES, WIN_RATES
 from tasks.caching import step
-from tasks.report_data import (
+from tasks.pages.report_data import (
     PlantedBias,
     ReportComparison,
     ReportStyleComparison,

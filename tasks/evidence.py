@@ -11,8 +11,7 @@ from charm_core.promotion_evidence import RepeatedScores
 from charm_core.selection import Selection
 from tasks.arena import Board
 from tasks.caching import step
-from tasks.promotion import gate_section, judge_report
-from tasks.report_data import (
+from tasks.pages.report_data import (
     BenchmarkRow,
     BoardInfo,
     CurvePoint,
@@ -28,8 +27,9 @@ from tasks.report_data import (
     TruthReport,
     VariantName,
 )
-from tasks.report_text import model_card
-from tasks.reporting import render_report
+from tasks.pages.report_text import model_card
+from tasks.pages.reporting import render_report
+from tasks.promotion import gate_section, judge_report
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.training import Curve
 

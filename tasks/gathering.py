@@ -12,11 +12,11 @@ from charm_core.errors import SamplingError
 from charm_core.sampling import Decoding, decoding_differences
 from charm_core.tables import PROMPTS, RESPONSES, SAMPLES
 from tasks.caching import step
+from tasks.pages.report_data import PolicyModelResponses
 from tasks.policy_models import OpenAIBackend, PolicyModel, ReplayBackend
 from tasks.prompt_sets import PromptSet, PromptSetConfig, load_prompt_set
 from tasks.prompts import ResponseSet
 from tasks.replay import replay_responses
-from tasks.report_data import PolicyModelResponses
 from tasks.sampling import SampledModel, sample_policy_models
 from tasks.store import ArtifactRef, ArtifactStore
 

@@ -12,9 +12,9 @@ from charm_core.records import Estimate, Record
 from charm_core.style_bias import StyleCorrelation
 from charm_core.tables import PROMPTS, RESPONSES, SCORES
 from tasks.caching import step
+from tasks.pages.report_data import BenchmarkRow, ReportData, ReportDomain, ReportVariant, VariantName
+from tasks.pages.report_text import number, span
 from tasks.prompts import ResponseSet
-from tasks.report_data import BenchmarkRow, ReportData, ReportDomain, ReportVariant, VariantName
-from tasks.report_text import number, span
 from tasks.scoring import RewardModelRef, score_responses
 from tasks.store import ArtifactRef, ArtifactStore
 

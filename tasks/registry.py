@@ -16,9 +16,9 @@ from charm_core.promotion_evidence import MeasuredChange
 from tasks.caching import step
 from tasks.evidence import Report
 from tasks.model_registry import NOBODY, Action, ModelRegistry, ModelVersion, Move, RegisteredModel, split_version
+from tasks.pages.report_data import ReportData
 from tasks.promotion import AFTER, judge_report, verdict_markdown
 from tasks.publishing import publish_markdown
-from tasks.report_data import ReportData
 from tasks.scoring import RewardModelRef
 from tasks.store import MANIFEST, ArtifactRef, ArtifactStore
 from tasks.tracking import TrackedRun, register_version

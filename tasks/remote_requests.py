@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from charm_core.remote_scores import Route, read_scores, request_body
-from tasks.endpoints import Failure, MalformedAnswerError, call_endpoint
+from tasks.answering.endpoints import Failure, MalformedAnswerError, call_endpoint
 from tasks.policy_models import Endpoint
 
 if TYPE_CHECKING:

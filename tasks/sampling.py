@@ -20,14 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from charm_core.errors import ArtifactError, ConfigError
 from charm_core.sampling import Decoding, SampleCounts, count_samples, samples_table, shard_numbers
 from charm_core.tables import PROMPTS, SAMPLES
-from tasks.asking import REASONS_SHOWN, Asking, Shard, ask_all
+from tasks.answering.asking import REASONS_SHOWN, Asking, Shard, ask_all
+from tasks.answering.earlier_answers import AnsweredShard, earlier_answers, remember_shard
+from tasks.answering.journal import Journal
+from tasks.answering.policy_model_refs import PolicyModelRef, identify_policy_model
+from tasks.answering.sampling_progress import SamplingProgress, rates
 from tasks.caching import content_key, current_store, step
-from tasks.earlier_answers import AnsweredShard, earlier_answers, remember_shard
-from tasks.journal import Journal
-from tasks.policy_model_refs import PolicyModelRef, identify_policy_model
 from tasks.policy_models import OpenAIBackend, PolicyModel
 from tasks.publishing import run_logger
-from tasks.sampling_progress import SamplingProgress, rates
 from tasks.store import ArtifactRef, ArtifactStore
 
 JOURNALS = "sampling"

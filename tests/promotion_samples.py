@@ -11,7 +11,7 @@ from charm_core.mismatch import MismatchConfig, measure_mismatch
 from charm_core.promotion_evidence import RepeatedScores
 from charm_core.records import Estimate
 from charm_core.style_bias import compare_style_correlations, style_correlations
-from tasks.report_data import (
+from tasks.pages.report_data import (
     BenchmarkRow,
     BoardInfo,
     InputDigest,

@@ -17,8 +17,8 @@ from flows.ablation_cells import cells_of, skipped_cells
 from flows.outcome import Outcome
 from flows.runs import AblationRun, CalibrationRun
 from flows.settings import RuntimeSettings
-from tasks.ablation_page import AblationPage
 from tasks.ledger import last_ledger
+from tasks.pages.ablation_page import AblationPage
 from tasks.simulation import SimulatedWorld
 
 PLAIN = {"zero_stage": None, "threads_per_rank": 1, "learning_rate": 1e-3}

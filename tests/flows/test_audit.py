@@ -14,7 +14,7 @@ from flows.audit import audit
 from flows.outcome import Outcome
 from flows.runs import AuditRun
 from tasks.arena import ArenaConfig
-from tasks.report_data import ReportData
+from tasks.pages.report_data import ReportData
 from tasks.scoring import ScoresConfig
 
 MODELS = {"sky": 1100.0, "sea": 1050.0, "sand": 1000.0, "salt": 950.0}

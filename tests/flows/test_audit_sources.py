@@ -17,10 +17,10 @@ from flows.runs import AuditRun, CalibrationRun
 from tasks.arena import ArenaConfig
 from tasks.gathering import SamplingConfig
 from tasks.judging import JudgeConfig
+from tasks.pages.report_data import ReportData
 from tasks.policy_models import Endpoint, OpenAIBackend, PolicyModel, ReplayBackend
 from tasks.prompt_sets import PromptSetConfig
 from tasks.remote_scoring import RemoteScorerConfig
-from tasks.report_data import ReportData
 from tests.endpoint_server import Asked, EndpointServer, Reply, completion, failure
 
 QUALITY = {"sky": 4, "sea": 3, "sand": 2}

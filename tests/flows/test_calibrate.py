@@ -30,7 +30,7 @@ from flows.command_line import settings_toml
 from flows.outcome import Outcome
 from flows.runs import CalibrationRun
 from flows.settings import CHECKOUT, RuntimeSettings
-from tasks.report_data import ReportData
+from tasks.pages.report_data import ReportData
 from tasks.simulation import SimulatedWorld
 
 TINY = CalibrationRun(

@@ -15,8 +15,8 @@ from flows.presets import COLLECT_RATINGS
 from flows.runs import CollectRatingsRun
 from flows.settings import CHECKOUT
 from tasks.arena import ArenaConfig
-from tasks.fetching import FetchConfig
-from tasks.rating_page_data import RatingPageData
+from tasks.pages.rating_page_data import RatingPageData
+from tasks.ratings.fetching import FetchConfig
 from tests.leaderboard_server import serve, with_etag
 
 BACKGROUND = {f"m{index:02d}": 1000.0 + 7 * index for index in range(40)}

@@ -22,7 +22,7 @@ from flows.presets import EVALUATE
 from flows.runs import EvaluationRun
 from tasks.arena import ArenaConfig
 from tasks.benchmark_sources import BenchmarkData, BenchmarksConfig, Resampling
-from tasks.evaluation_page_data import EvaluationData
+from tasks.pages.evaluation_page_data import EvaluationData
 from tasks.policy_models import Endpoint
 from tasks.prompts import ResponsesConfig
 from tasks.remote_scoring import RemoteScorerConfig

@@ -14,9 +14,9 @@ from flows.command_line import run_from_command_line
 from flows.promote import PRESETS, PromoteRun, start
 from flows.settings import CHECKOUT, RuntimeSettings
 from tasks.evidence import Report
+from tasks.pages.report_data import ReportData
 from tasks.promotion import judge_report
 from tasks.registry import register_model
-from tasks.report_data import ReportData
 from tasks.store import ArtifactRef
 from tasks.tracking import tracked_run
 from tests.promotion_samples import report

@@ -28,9 +28,9 @@ from flows.settings import RuntimeSettings
 from tasks.arena import ArenaConfig
 from tasks.gathering import SamplingConfig
 from tasks.ledger import StepCall, last_ledger
+from tasks.pages.report_data import ReportData
 from tasks.policy_models import OpenAIBackend, PolicyModel, ReplayBackend
 from tasks.prompt_sets import PromptSetConfig
-from tasks.report_data import ReportData
 from tasks.scoring import identify_reward_model
 from tests.endpoint_server import policy_model_server
 from tests.tiny_policy_model import save_policy_model

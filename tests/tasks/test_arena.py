@@ -27,9 +27,9 @@ from tasks.arena import (
     read_aliases,
 )
 from tasks.caching import use_store
-from tasks.fetching import FetchConfig
-from tasks.rating_sources import OFFICIAL_DATASET
-from tasks.snapshots import list_snapshots
+from tasks.ratings.fetching import FetchConfig
+from tasks.ratings.snapshots import list_snapshots
+from tasks.ratings.sources import OFFICIAL_DATASET
 from tasks.store import ArtifactStore, SourceFile, source_file
 from tests.leaderboard_server import COMMIT, Answer, hub, serve, with_etag
 

@@ -36,7 +36,7 @@ from tasks.benchmark_sources import (
 from tasks.benchmarking import judge_scored, run_benchmarks
 from tasks.caching import use_store
 from tasks.evidence import BenchmarkRows
-from tasks.report_data import VariantName
+from tasks.pages.report_data import VariantName
 from tasks.scoring import identify_reward_model
 from tasks.store import ArtifactStore
 from tasks.text_scores import ScoredTexts

@@ -16,6 +16,8 @@ from charm_core.tables import RATINGS as RATINGS_TABLE
 from tasks.arena import Board
 from tasks.caching import use_store
 from tasks.evidence import BenchmarkRows, DomainParts, ReportParts, compose_report
+from tasks.pages.report_data import BenchmarkTest, ReportData
+from tasks.pages.reporting import render_report
 from tasks.promotion import (
     Repetition,
     choose_repeated,
@@ -27,8 +29,6 @@ from tasks.promotion import (
     verdict_markdown,
 )
 from tasks.prompts import ResponseSet
-from tasks.report_data import BenchmarkTest, ReportData
-from tasks.reporting import render_report
 from tasks.scoring import identify_reward_model, score_responses
 from tasks.store import ArtifactRef, ArtifactStore
 from tests.charm_core.reward_model.kinds import save_classifier

@@ -13,6 +13,7 @@ from charm_core.errors import ConfigError
 from charm_core.promotion import GateConfig
 from tasks.evidence import Report
 from tasks.model_registry import ModelRegistry, Move
+from tasks.pages.report_data import ReportData
 from tasks.registry import (
     Promotion,
     PromotionConfig,
@@ -22,7 +23,6 @@ from tasks.registry import (
     roll_back,
     settle_promotion,
 )
-from tasks.report_data import ReportData
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.tracking import TrackedRun, TrackingSettings, open_registry, tracked_run
 from tests.promotion_samples import report, with_domain

@@ -19,8 +19,8 @@ from prefect import flow
 from charm_core.errors import ConfigError, SamplingError, ServiceError
 from charm_core.sampling import Decoding
 from charm_core.tables import PROMPTS, SAMPLES
+from tasks.answering.policy_model_refs import identify_policy_model
 from tasks.caching import use_store
-from tasks.policy_model_refs import identify_policy_model
 from tasks.policy_models import OpenAIBackend, PolicyModel, ReplayBackend, TransformersBackend
 from tasks.sampling import SampledModel, sample_policy_models, sample_shard
 from tasks.secrets import use_secrets

@@ -31,7 +31,6 @@ from tasks import (
     best_of_n,
     debiasing,
     evaluation,
-    evaluation_page,
     evidence,
     gathering,
     judging,
@@ -40,7 +39,6 @@ from tasks import (
     promotion,
     prompt_sets,
     prompts,
-    rating_changes,
     registry,
     remote_scoring,
     replay,
@@ -49,7 +47,7 @@ from tasks import (
     simulation,
     text_scores,
     training,
-)  # fmt: skip
+)
 from tasks.ablation import remove_length
 from tasks.arena import ArenaConfig, collect_history, collect_ratings, fit_arena_ratings, match_ratings
 from tasks.benchmark_sources import BenchmarkData, Resampling, identify_benchmark, load_benchmark
@@ -75,11 +73,13 @@ from tasks.evaluation import (
 )
 from tasks.gathering import join_samples
 from tasks.judging import plan_judge_requests, plan_second_tries, weigh_judgements
+from tasks.pages import evaluation_page
 from tasks.policy_comparison import compare_answers
 from tasks.post_training import join_answers, number_samples, repeat_prompts
 from tasks.prompt_sets import PromptSource, choose_prompts, read_prompt_source
 from tasks.prompts import ResponsesConfig, load_responses, select_responses, split_responses
-from tasks.rating_changes import PolicyNames, compare_boards, trace_boards
+from tasks.ratings import changes as rating_changes  # fmt: skip
+from tasks.ratings.changes import PolicyNames, compare_boards, trace_boards
 from tasks.remote_scoring import ScoredShard, cut_responses, join_scores
 from tasks.replay import replay_answers
 from tasks.sampling import cut_prompts, join_shards

@@ -18,10 +18,10 @@ import polars as pl
 from charm_core.errors import SamplingError
 from charm_core.sampling import Answer, Decoding
 from charm_core.tables import PROMPTS
-from tasks.chat import Prompt, ask_chat
-from tasks.generation import ask_in_process
-from tasks.journal import Journal
-from tasks.policy_model_refs import PolicyModelRef
+from tasks.answering.chat import Prompt, ask_chat
+from tasks.answering.generation import ask_in_process
+from tasks.answering.journal import Journal
+from tasks.answering.policy_model_refs import PolicyModelRef
 from tasks.policy_models import OpenAIBackend
 from tasks.secrets import secret
 from tasks.store import ArtifactRef, ArtifactStore

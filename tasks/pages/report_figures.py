@@ -5,9 +5,9 @@ from functools import partial
 
 from charm_core.mismatch import MismatchReport, PairMismatch
 from charm_core.records import Estimate, Record
-from tasks import figures
-from tasks.figures import NARROW, WIDE, BoxPanel, Frame, Panel, Point, Series
-from tasks.report_data import (
+from tasks.pages import figures
+from tasks.pages.figures import NARROW, WIDE, BoxPanel, Frame, Panel, Point, Series
+from tasks.pages.report_data import (
     VARIANTS,
     BenchmarkRow,
     CurvePoint,
@@ -16,7 +16,7 @@ from tasks.report_data import (
     ReportReliability,
     VariantName,
 )
-from tasks.report_text import by_overvaluation, number
+from tasks.pages.report_text import by_overvaluation, number
 
 
 class PageFigure(Record):

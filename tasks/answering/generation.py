@@ -11,7 +11,7 @@ from charm_core.errors import SamplingError, TrainingError
 from charm_core.reward_model.generation_job import GenerationJob, PolicyModelSpec
 from charm_core.sampling import Answer, Decoding
 from charm_core.tables import PROMPTS
-from tasks.chat import Prompt
+from tasks.answering.chat import Prompt
 from tasks.launching import run_generation
 from tasks.policy_models import TransformersBackend, VllmBackend
 

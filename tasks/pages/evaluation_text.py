@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from charm_core.records import Estimate
-from tasks.evaluation_page_data import EvaluationData
-from tasks.report_data import BenchmarkRow, BenchmarkTest
-from tasks.report_figures import first_of_each
-from tasks.report_text import aligned, number, span
+from tasks.pages.evaluation_page_data import EvaluationData
+from tasks.pages.report_data import BenchmarkRow, BenchmarkTest
+from tasks.pages.report_figures import first_of_each
+from tasks.pages.report_text import aligned, number, span
 
 _LISTED = 4
 

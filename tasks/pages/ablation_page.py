@@ -7,8 +7,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from charm_core.ablation import CellSummary
 from charm_core.records import Estimate, Record
-from tasks.report_data import Provenance
-from tasks.report_text import aligned, number, span
+from tasks.pages.report_data import Provenance
+from tasks.pages.report_text import aligned, number, span
 
 
 class Measure(Record):

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from charm_core.records import Record
-from tasks.report_data import (
+from tasks.pages.report_data import (
     BenchmarkRow,
     BoardInfo,
     PolicyModelResponses,

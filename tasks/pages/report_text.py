@@ -11,7 +11,7 @@ from functools import partial
 from charm_core.agreement import MismatchComparison
 from charm_core.mismatch import MismatchReport, ModelMismatch
 from charm_core.records import Estimate
-from tasks.report_data import ReportData, ReportDomain, ReportVariant
+from tasks.pages.report_data import ReportData, ReportDomain, ReportVariant
 
 
 def answer(data: ReportData) -> str:

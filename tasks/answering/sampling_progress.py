@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from tasks.asking import Asking
+from tasks.answering.asking import Asking
 from tasks.policy_models import OpenAIBackend
 from tasks.publishing import report_progress
 

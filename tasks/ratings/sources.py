@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ConfigError, RatingsError, ServiceError
 from charm_core.leaderboards import style_by_name
-from tasks.fetching import FetchConfig, check_not_pickle, check_url, fetch
 from tasks.publishing import run_logger
+from tasks.ratings.fetching import FetchConfig, check_not_pickle, check_url, fetch
 from tasks.store import SourceFile, source_file
 
 OFFICIAL_DATASET = "lmarena-ai/leaderboard-dataset"

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from tasks import figures
 from tasks.arena import Board
 from tasks.caching import step
-from tasks.evaluation_page_data import EvaluatedModel, EvaluationData
-from tasks.evaluation_text import evaluation_answer
 from tasks.evidence import BenchmarkRows, DomainParts, board_info, read_domain
-from tasks.report_data import PolicyModelResponses, Provenance, ReportDomain, VariantName
-from tasks.report_figures import PageFigure, alignment_figures, reliability_figures
-from tasks.reporting import page_environment
+from tasks.pages import figures
+from tasks.pages.evaluation_page_data import EvaluatedModel, EvaluationData
+from tasks.pages.evaluation_text import evaluation_answer
+from tasks.pages.report_data import PolicyModelResponses, Provenance, ReportDomain, VariantName
+from tasks.pages.report_figures import PageFigure, alignment_figures, reliability_figures
+from tasks.pages.reporting import page_environment
 from tasks.store import ArtifactRef, ArtifactStore
 
 

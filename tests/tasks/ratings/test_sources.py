@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 
 from charm_core.errors import CharmError, ConfigError, RatingsError, ServiceError
-from tasks.fetching import FetchConfig
-from tasks.rating_sources import OFFICIAL_DATASET, Located, SourceQuery, local_file, locate
+from tasks.ratings.fetching import FetchConfig
+from tasks.ratings.sources import OFFICIAL_DATASET, Located, SourceQuery, local_file, locate
 from tests.leaderboard_server import COMMIT, Answer, hub, serve
 
 QUICK = FetchConfig(allow_http=True, backoff_seconds=0.01, max_tries=2)
@@ -113,7 +113,7 @@ class TestAddresses:
         ],
     )  # fmt: skip
     def test_all_versions_of_a_file_have_one_publisher(self, path: str, publisher: str, revision: str | None):
-        from tasks.rating_sources import _COMMIT, _publisher
+        from tasks.ratings.sources import _COMMIT, _publisher
 
         found = _COMMIT.search(path)
         assert (_publisher(path), found[0] if found else None) == (publisher, revision)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from charm_core.sampling import Answer, Decoding
-from tasks.chat import Prompt, ask_chat, failed_answer, read_answer, request_body
-from tasks.endpoints import Failure, MalformedAnswerError
-from tasks.pacing import Pacing
+from tasks.answering.chat import Prompt, ask_chat, failed_answer, read_answer, request_body
+from tasks.answering.endpoints import Failure, MalformedAnswerError
+from tasks.answering.pacing import Pacing
 from tasks.policy_models import OpenAIBackend
 from tests.endpoint_server import Asked, EndpointServer, Reply, completion, failure
 

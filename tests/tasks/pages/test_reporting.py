@@ -20,7 +20,7 @@ from charm_core.offsets import OffsetConfig, fit_offsets
 from charm_core.preferences import PairSummary
 from charm_core.records import Estimate
 from charm_core.selection import ModelChoice, Selection
-from tasks.report_data import (
+from tasks.pages.report_data import (
     BenchmarkRow,
     BoardInfo,
     CurvePoint,
@@ -38,9 +38,9 @@ from tasks.report_data import (
     VariantName,
     VariantValue,
 )
-from tasks.report_figures import _pair_point, heat_map, page_figures
-from tasks.report_text import answer, mismatch_markdown, model_card, number, span, summary_text
-from tasks.reporting import figures_for_tracking, render_report
+from tasks.pages.report_figures import _pair_point, heat_map, page_figures
+from tasks.pages.report_text import answer, mismatch_markdown, model_card, number, span, summary_text
+from tasks.pages.reporting import figures_for_tracking, render_report
 
 LABELS: dict[VariantName, str] = {"untouched": "untouched", "control": "control (δ = 0)", "calibrated": "calibrated"}
 BIAS: dict[VariantName, float] = {"untouched": 1.0, "control": 1.1, "calibrated": 0.2}

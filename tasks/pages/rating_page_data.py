@@ -5,7 +5,7 @@ from pydantic import Field
 from charm_core.rating_history import BoardSeries
 from charm_core.rating_movement import BoardMovement, PairMovement
 from charm_core.records import Record
-from tasks.report_data import Provenance
+from tasks.pages.report_data import Provenance
 
 
 class SnapshotRow(Record):

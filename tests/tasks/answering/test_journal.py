@@ -10,7 +10,7 @@ import pytest
 
 from charm_core.errors import ArtifactError
 from charm_core.sampling import Answer
-from tasks.journal import Journal
+from tasks.answering.journal import Journal
 
 
 def answer(prompt_id: str, response: str = "x") -> Answer:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from charm_core.errors import CharmError, ConfigError, ServiceError
-from tasks.fetching import FetchConfig, Fetched, check_url, fetch, suffix_of
+from tasks.ratings.fetching import FetchConfig, Fetched, check_url, fetch, suffix_of
 from tests.leaderboard_server import Answer, Asked, endless, in_turn, serve, trickle, with_etag
 
 BODY = b'{"full": {}}'
@@ -129,7 +129,7 @@ class TestRetries:
     @pytest.mark.parametrize("kind", ["seconds", "date"])
     def test_the_server_says_how_long_to_wait(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
         waits: list[float] = []
-        monkeypatch.setattr("tasks.fetching.time.sleep", waits.append)
+        monkeypatch.setattr("tasks.ratings.fetching.time.sleep", waits.append)
         then = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
         asked = "30" if kind == "seconds" else email.utils.format_datetime(then, usegmt=True)
         with serve(in_turn(Answer(429, headers={"Retry-After": asked}), Answer(body=BODY))) as server:
@@ -146,7 +146,7 @@ class TestRetries:
 
     def test_waits_grow_and_are_never_the_same(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         waits: list[float] = []
-        monkeypatch.setattr("tasks.fetching.time.sleep", waits.append)
+        monkeypatch.setattr("tasks.ratings.fetching.time.sleep", waits.append)
         with serve(lambda _: Answer(500)) as server, pytest.raises(ServiceError):
             got(server.url, tmp_path, max_tries=40, backoff_seconds=1.0)
         assert all(0 <= wait <= min(2.0**number, 60) for number, wait in enumerate(waits))
@@ -218,7 +218,7 @@ class TestRedirects:
             got(server.url, tmp_path)
 
     def test_never_from_https_to_http(self):
-        from tasks.fetching import _check_redirect
+        from tasks.ratings.fetching import _check_redirect
 
         for settings in (config(), config(allow_http=False)):
             with pytest.raises(ServiceError, match=r"not encrypted; this is refused"):

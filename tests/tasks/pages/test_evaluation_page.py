@@ -8,15 +8,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tests.tasks.pages.test_reporting import BOARD, MEASURE, PROVENANCE, calibration
 
 from charm_core.benchmarks.comparison import PairedTest
 from charm_core.probability_calibration import probability_calibration
 from charm_core.records import Estimate
 from charm_core.style_bias import StyleCorrelation, StyleCorrelations, StyleDifferences
-from tasks.evaluation_page import evaluation_figures, evaluation_figures_for_tracking, render_evaluation_page
-from tasks.evaluation_page_data import EvaluatedModel, EvaluationData
-from tasks.evaluation_text import evaluation_answer, evaluation_summary, verdict
-from tasks.report_data import (
+from tasks.pages.evaluation_page import evaluation_figures, evaluation_figures_for_tracking, render_evaluation_page
+from tasks.pages.evaluation_page_data import EvaluatedModel, EvaluationData
+from tasks.pages.evaluation_text import evaluation_answer, evaluation_summary, verdict
+from tasks.pages.report_data import (
     BenchmarkRow,
     BenchmarkTest,
     ReportReliability,
@@ -24,8 +25,7 @@ from tasks.report_data import (
     VariantName,
     VariantValue,
 )
-from tasks.reporting import render_report
-from tests.tasks.test_reporting import BOARD, MEASURE, PROVENANCE, calibration
+from tasks.pages.reporting import render_report
 
 MODELS = (
     EvaluatedModel(variant="untouched", label="<b>old & rm</b>", path="org/old", digest="0" * 64),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from charm_core.errors import CharmError, ConfigError, ServiceError
-from tasks.pacing import Gate, Pacing, retry_after_seconds
+from tasks.answering.pacing import Gate, Pacing, retry_after_seconds
 from tasks.policy_models import Endpoint, is_loopback
 from tasks.secrets import secret
 

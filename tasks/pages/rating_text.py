@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from charm_core.leaderboards import DateKind
 from charm_core.rating_history import BoardSeries
 from charm_core.records import Estimate
-from tasks.rating_page_data import Comparison, RatingPageData
-from tasks.report_text import number, span
+from tasks.pages.rating_page_data import Comparison, RatingPageData
+from tasks.pages.report_text import number, span
 
 DATE_KINDS: dict[DateKind | str, str] = {
     "published": "date of publication",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tasks import figures
-from tasks.report_data import ReportData
-from tasks.report_figures import benchmark_columns, first_of_each, heat_map, page_figures, scaled, variant_label
-from tasks.report_text import answer, by_overvaluation, elo, number, p_value, span
+from tasks.pages import figures
+from tasks.pages.report_data import ReportData
+from tasks.pages.report_figures import benchmark_columns, first_of_each, heat_map, page_figures, scaled, variant_label
+from tasks.pages.report_text import answer, by_overvaluation, elo, number, p_value, span
 
 
 def render_report(data: ReportData) -> str:

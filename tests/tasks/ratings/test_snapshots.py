@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from charm_core.errors import RatingsError
-from tasks.snapshots import BoardName, KeptSnapshot, RatingSnapshot, find_snapshot, keep_snapshots, list_snapshots
+from tasks.ratings.snapshots import (
+    BoardName,
+    KeptSnapshot,
+    RatingSnapshot,
+    find_snapshot,
+    keep_snapshots,
+    list_snapshots,
+)
 from tasks.store import ArtifactRef, ArtifactStore
 
 DAY = datetime.date(2025, 2, 28)

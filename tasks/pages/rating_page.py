@@ -11,11 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from charm_core.rating_history import BoardSeries
 from charm_core.records import Record
-from tasks import rating_figures
-from tasks.figures import NARROW, WIDE
-from tasks.rating_figures import LONGEST_JOINED, MOST_PAIRS
-from tasks.rating_page_data import RatingPageData
-from tasks.rating_text import (
+from tasks.pages import rating_figures
+from tasks.pages.figures import NARROW, WIDE
+from tasks.pages.rating_figures import LONGEST_JOINED, MOST_PAIRS
+from tasks.pages.rating_page_data import RatingPageData
+from tasks.pages.rating_text import (
     DATE_KINDS,
     board_sentence,
     counted,
@@ -29,7 +29,7 @@ from tasks.rating_text import (
     rating_answer,
     series_caption,
 )
-from tasks.report_text import number, span
+from tasks.pages.report_text import number, span
 
 _GAPS = f"A line has a gap where the board lacks the model, and where its dates are more than {LONGEST_JOINED.days} days apart."
 

@@ -12,9 +12,9 @@ from charm_core.records import Record
 from charm_core.tables import RATINGS
 from tasks.arena import Board, read_aliases
 from tasks.caching import step
-from tasks.rating_page import render_rating_page
-from tasks.rating_page_data import Comparison, RatingHistory, RatingPageData, SnapshotRow
-from tasks.report_data import Provenance
+from tasks.pages.rating_page import render_rating_page
+from tasks.pages.rating_page_data import Comparison, RatingHistory, RatingPageData, SnapshotRow
+from tasks.pages.report_data import Provenance
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile
 
 _MOST_WITHOUT_POLICY_MODELS = 8

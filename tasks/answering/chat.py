@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from charm_core.sampling import Answer, Decoding, conversation, request_seed, status_of
-from tasks.endpoints import Failure, MalformedAnswerError, ask_endpoint
-from tasks.pacing import Pacing
+from tasks.answering.endpoints import Failure, MalformedAnswerError, ask_endpoint
+from tasks.answering.pacing import Pacing
 from tasks.policy_models import OpenAIBackend
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""How policy models are asked: endpoints, journals, local generation."""

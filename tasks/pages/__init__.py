@@ -1,0 +1,1 @@
+"""What people look at: reports and pages, their words, figures and templates."""

@@ -1,0 +1,1 @@
+"""Where ratings come from: fetching, reading, snapshots, what changed."""
