@@ -9,18 +9,14 @@ import os
 import queue
 import re
 import signal
-import subprocess
 import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
 
 import filelock
-import psutil
 
 from charm_core import errors
 from charm_core.errors import ConfigError, TrainingError, WorkerLostError
@@ -46,6 +42,7 @@ from charm_core.reward_model.workdir import (
     rewind,
 )
 from charm_core.reward_model.worker import PROGRESS, identify
+from tasks.process_trees import lines_of, process_tree
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +51,6 @@ LAUNCH = "launch.json"
 LOCK = "job.lock"
 TAIL_LINES = 30
 POLL_SECONDS = 0.1
-TERMINATE_SECONDS = 5.0
 
 # glibc returns freed tensors to the system and faults them in again, up to half of a training step on CPU.
 ALLOCATOR = {
@@ -286,8 +282,8 @@ def _run(
         CharmError: It failed; which one, the worker's own report or the way it ended says.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
-    with _process_tree(command, environment) as process:
-        lines = _lines_of(process)
+    with process_tree(command, environment) as process:
+        lines = lines_of(process)
         while True:
             try:
                 line = lines.get(timeout=POLL_SECONDS)
@@ -306,89 +302,6 @@ def _run(
         status = process.wait()
     if status != 0:
         raise _failure(status, folder, list(tail))
-
-
-@contextmanager
-def _process_tree(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process in a group of its own; it and all its descendants have ended when the block is left."""
-    process = subprocess.Popen(  # noqa: S603 - our own module, no shell
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    family = _Family(process.pid)
-    try:
-        yield process
-    finally:
-        family.end()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-class _Family:
-    """A process and its descendants. torchrun gives every rank a session of its own, so its group is not enough."""
-
-    def __init__(self, pid: int) -> None:
-        self._root = psutil.Process(pid)
-        self._known: dict[int, psutil.Process] = {pid: self._root}
-        self._stopped = threading.Event()
-        # Ranks must be known before torchrun dies: orphans have no parent by which to find them.
-        self._watch = threading.Thread(target=self._look, name="watch-family", daemon=True)
-        self._watch.start()
-
-    def end(self) -> None:
-        """Ask all of them to end, then kill those that have not."""
-        self._stopped.set()
-        self._watch.join()
-        self._collect()
-        members = [member for member in self._known.values() if member.is_running()]
-        for member in members:
-            _send(member.terminate)
-        _, stubborn = psutil.wait_procs(members, timeout=TERMINATE_SECONDS)
-        self._collect()
-        for member in {*stubborn, *(member for member in self._known.values() if member.is_running())}:
-            _send(member.kill)
-        psutil.wait_procs(list(self._known.values()), timeout=TERMINATE_SECONDS)
-
-    def _look(self) -> None:
-        while not self._stopped.wait(0.2):
-            self._collect()
-
-    def _collect(self) -> None:
-        for member in list(self._known.values()):
-            try:
-                children = member.children(recursive=True)
-            except psutil.NoSuchProcess:
-                continue
-            self._known.update({child.pid: child for child in children})
-
-
-def _send(signal_to: Callable[[], None]) -> None:
-    with suppress(psutil.NoSuchProcess):
-        signal_to()
-
-
-def _lines_of(process: subprocess.Popen[str]) -> "queue.Queue[str | None]":
-    """The process's output, line by line as it comes; None when it has ended."""
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        try:
-            for line in process.stdout or []:
-                lines.put(line.rstrip("\n"))
-        except ValueError:
-            logger.debug("the output of process %d was closed while it was read", process.pid)
-        finally:
-            lines.put(None)
-
-    threading.Thread(target=read, name="read-worker-output", daemon=True).start()
-    return lines
 
 
 class _CurveReader:
