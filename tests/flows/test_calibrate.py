@@ -13,8 +13,6 @@ import polars as pl
 import psutil
 import pytest
 from mlflow import MlflowClient
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from charm_core.mismatch import MismatchConfig
 from charm_core.offsets import OffsetConfig
@@ -30,6 +28,7 @@ from flows.command_line import settings_toml
 from flows.outcome import Outcome
 from flows.runs import CalibrationRun
 from flows.settings import CHECKOUT, RuntimeSettings
+from tasks.ledger import last_ledger
 from tasks.pages.report_data import ReportData
 from tasks.simulation import SimulatedWorld
 
@@ -65,14 +64,10 @@ def first(home: Path) -> Outcome:
 
 
 def ran(run: CalibrationRun) -> tuple[Outcome, set[str]]:
-    """Run and say which steps did not come from the cache."""
-    state = calibrate(run, return_state=True)
-    with get_client(sync_client=True) as client:
-        runs = client.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id])), limit=200
-        )
-    fresh = {re.sub(r"-[0-9a-f]{3}$", "", run.name) for run in runs if run.state_name != "Cached"}
-    return state.result(), fresh
+    """Run and say which steps did not come from the cache: by the run's own ledger, for Prefect's API lags behind."""
+    outcome = calibrate(run)
+    ledger = last_ledger(RuntimeSettings().artifact_store(), f"calibrate {run.name}")
+    return outcome, {call.step for call in ledger.calls if not call.reused}
 
 
 def mlflow_runs(home: Path) -> list:

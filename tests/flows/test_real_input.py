@@ -12,8 +12,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from charm_core.mismatch import MismatchConfig
 from charm_core.offsets import OffsetConfig
@@ -167,13 +165,13 @@ def runs(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             first = calibrate(settings(prepared, prepared.early, datetime.date(2025, 2, 28), address))
             asked = server.answered.total()
         # the endpoint is gone: whoever samples again, fails
-        state = calibrate(settings(prepared, prepared.late, datetime.date(2025, 12, 11), address), return_state=True)
+        second = calibrate(settings(prepared, prepared.late, datetime.date(2025, 12, 11), address))
         ledger = last_ledger(RuntimeSettings().artifact_store(), "calibrate real input")
         base = identify_reward_model(RewardModelSpec(path=str(prepared.model))).digest
         yield Runs(
             first=first,
-            second=state.result(),
-            ran_second=fresh_steps(state),
+            second=second,
+            ran_second={call.step for call in ledger.calls if not call.reused},
             asked=asked,
             base_scorings=[
                 call.reused
@@ -182,15 +180,6 @@ def runs(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             ],
             trainings=[call for call in ledger.calls if call.step == "train_reward_model"],
         )
-
-
-def fresh_steps(state: object) -> set[str]:
-    """Steps of a flow run that did not come from the cache."""
-    with get_client(sync_client=True) as client:
-        found = client.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id])), limit=200
-        )
-    return {re.sub(r"-[0-9a-f]{3}$", "", run.name) for run in found if run.state_name != "Cached"}
 
 
 def report_of(outcome: Outcome) -> ReportData:

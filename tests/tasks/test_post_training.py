@@ -99,6 +99,7 @@ def looped(tmp_path_factory: pytest.TempPathFactory, prefect_session: None) -> I
         yield loop(store)
 
 
+@pytest.mark.slow
 class TestTheLoop:
     def test_the_candidates_are_different_answers_to_the_same_prompts(self, looped: Looped):
         responses = looped.store.read_table(looped.candidates.responses, RESPONSES)

@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.tasks.pages.test_reporting import BOARD, MEASURE, PROVENANCE, calibration
 
 from charm_core.benchmarks.comparison import PairedTest
 from charm_core.probability_calibration import probability_calibration
@@ -26,6 +25,7 @@ from tasks.pages.report_data import (
     VariantValue,
 )
 from tasks.pages.reporting import render_report
+from tests.tasks.pages.test_reporting import BOARD, MEASURE, PROVENANCE, calibration
 
 MODELS = (
     EvaluatedModel(variant="untouched", label="<b>old & rm</b>", path="org/old", digest="0" * 64),
