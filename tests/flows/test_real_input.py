@@ -33,7 +33,7 @@ from tasks.scoring import identify_reward_model
 from tests.endpoint_server import policy_model_server
 from tests.tiny_policy_model import save_policy_model
 
-pytestmark = [pytest.mark.real, pytest.mark.usefixtures("prefect_session")]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.usefixtures("prefect_session")]
 
 REPLAYED = ("gpt-4-1106-preview", "gpt-4-0613", "llama-2-70b-chat", "gemma-2b-it", "chatglm2-6b")
 LIVE = "house-model"
