@@ -128,8 +128,7 @@ def select_prompts(
     rows = _keyed(found.frame)
     _check_one_content_per_id(rows)
     known = _known(rows, trained_on)
-    wanted = _of_sets(rows, rules.prompt_sets)
-    left = _Remaining(wanted)
+    left = _Remaining(_of_sets(rows, rules.prompt_sets))
     left.keep(pl.col("content").is_first_distinct(), "repeated")
     left.keep(pl.col("key").is_first_distinct(), "repeated but for case and white space")
     distinct_known = left.frame.filter(pl.col("key").is_in(known)).height
@@ -138,24 +137,7 @@ def select_prompts(
     overlaps = _overlapping(left.frame, benchmarks or {}, rules.overlap)
     left.keep(~pl.col("prompt_id").is_in(sorted(set().union(*overlaps.values()))), "overlap with a benchmark")
     left.keep(_drawn(left.frame, rules), "not drawn")
-    counts = PromptCounts(
-        rows=found.rows,
-        filtered=found.filtered + rows.height - wanted.height,
-        unusable=found.unusable,
-        repeated=left.count("repeated"),
-        repeated_but_for_layout=left.count("repeated but for case and white space"),
-        trained_on=distinct_known,
-        trained_on_left_out=left.count("trained on"),
-        overlapping=left.count("overlap with a benchmark"),
-        overlaps=tuple(
-            BenchmarkOverlap(
-                benchmark=name, texts=len((benchmarks or {})[name]), prompts=len(ids), examples=tuple(ids[:_EXAMPLES])
-            )
-            for name, ids in overlaps.items()
-        ),
-        over_limit=left.count("not drawn"),
-        prompts=left.frame.height,
-    )
+    counts = _counted(found, left, overlaps, benchmarks or {}, known_prompts=distinct_known)
     if left.frame.is_empty():
         raise TableError(f"no prompt is left. {' '.join(counts.sentences())} Check the settings of the prompt set")
     return SelectedPrompts(
@@ -166,11 +148,41 @@ def select_prompts(
     )
 
 
+def _counted(
+    found: PromptRows,
+    left: "_Remaining",
+    overlaps: Mapping[str, Sequence[str]],
+    benchmarks: Mapping[str, Sequence[str]],
+    *,
+    known_prompts: int,
+) -> PromptCounts:
+    """What became of all rows, once nothing more is left out."""
+    return PromptCounts(
+        rows=found.rows,
+        filtered=found.filtered + found.frame.height - left.begun_with,
+        unusable=found.unusable,
+        repeated=left.count("repeated"),
+        repeated_but_for_layout=left.count("repeated but for case and white space"),
+        trained_on=known_prompts,
+        trained_on_left_out=left.count("trained on"),
+        overlapping=left.count("overlap with a benchmark"),
+        overlaps=tuple(
+            BenchmarkOverlap(
+                benchmark=name, texts=len(benchmarks[name]), prompts=len(ids), examples=tuple(ids[:_EXAMPLES])
+            )
+            for name, ids in overlaps.items()
+        ),
+        over_limit=left.count("not drawn"),
+        prompts=left.frame.height,
+    )
+
+
 class _Remaining:
     """The rows that are left, and by reason those that are not."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
         self.frame = frame
+        self.begun_with = frame.height
         self._removed: dict[str, pl.DataFrame] = {}
 
     def keep(self, kept: pl.Expr, reason: str) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from charm_core.errors import ConfigError
 from charm_core.responses import HELD_OUT, HELD_OUT_DOMAIN
 from flows.command_line import run_from_command_line
-from flows.outcome import Used, describe_provenance, domain_metrics, metric_name, step_lines
+from flows.outcome import Used, benchmark_metrics, describe_provenance, domain_metrics, metric_name, step_lines
 from flows.presets import EVALUATE, demo_evaluation
 from flows.runs import EvaluationRun
 from flows.session import Session, check_services, open_session
@@ -260,13 +260,7 @@ def _metrics(data: EvaluationData) -> dict[str, float | None]:
     metrics: dict[str, float | None] = {}
     for domain in data.domains:
         metrics.update(domain_metrics(domain))
-    for row in data.benchmarks:
-        for value in row.values:
-            metrics[f"{value.variant}/{row.benchmark}/{row.subset}/{row.metric}"] = value.value.value
-    for one in data.reliability:
-        error = one.as_scored.expected_calibration_error.value
-        metrics[f"{one.variant}/{one.benchmark}/expected calibration error"] = error
-        metrics[f"{one.variant}/{one.benchmark}/Brier score"] = one.as_scored.brier.value
+    metrics.update(benchmark_metrics(data.benchmarks, data.reliability))
     return {metric_name(name): value for name, value in metrics.items()}
 
 

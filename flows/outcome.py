@@ -1,6 +1,6 @@
 """How a flow ends: provenance, metrics, files in MLflow, links in Prefect, a summary for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from flows.command_line import settings_toml
 from flows.session import Session
 from tasks.evidence import Report
 from tasks.ledger import explain, reuse_lines
-from tasks.pages.report_data import InputDigest, Provenance, ReportData, ReportDomain
+from tasks.pages.report_data import BenchmarkRow, InputDigest, Provenance, ReportData, ReportDomain, ReportReliability
 from tasks.pages.report_text import summary_text
 from tasks.pages.reporting import figures_for_tracking
 from tasks.publishing import publish_link, publish_markdown, publish_table
@@ -139,18 +139,29 @@ def _metrics(data: ReportData) -> dict[str, float | None]:
     metrics: dict[str, float | None] = {}
     for domain in data.domains:
         metrics.update(domain_metrics(domain))
-    for row in data.benchmarks:
-        for value in row.values:
-            metrics[f"{value.variant}/{row.benchmark}/{row.subset}/{row.metric}"] = value.value.value
-    for one in data.reliability:
-        error = one.as_scored.expected_calibration_error.value
-        metrics[f"{one.variant}/{one.benchmark}/expected calibration error"] = error
+    metrics.update(benchmark_metrics(data.benchmarks, data.reliability))
     if data.truth is not None:
         for value in data.truth.accuracy:
             metrics[f"{value.variant}/accuracy against the truth"] = value.value.value
     if data.pairs is not None:
         metrics["flip rate"] = data.pairs.flip_rate
     return {metric_name(name): value for name, value in metrics.items()}
+
+
+def benchmark_metrics(
+    rows: Sequence[BenchmarkRow], reliability: Sequence[ReportReliability]
+) -> dict[str, float | None]:
+    """The numbers of the benchmarks that a tracker keeps."""
+    metrics = {
+        f"{value.variant}/{row.benchmark}/{row.subset}/{row.metric}": value.value.value
+        for row in rows
+        for value in row.values
+    }
+    for one in reliability:
+        prefix = f"{one.variant}/{one.benchmark}"
+        metrics[f"{prefix}/expected calibration error"] = one.as_scored.expected_calibration_error.value
+        metrics[f"{prefix}/Brier score"] = one.as_scored.brier.value
+    return metrics
 
 
 def domain_metrics(domain: ReportDomain) -> dict[str, float | None]:
