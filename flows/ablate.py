@@ -21,13 +21,14 @@ from flows.presets import ABLATE, demo_ablation
 from flows.runs import AblationRun, CalibrationRun
 from flows.session import Session, check_services, open_session
 from flows.sources import Sources, rated
-from tasks.ablation import compose_ablation, measures_of, remove_length
+from tasks.ablation import compose_ablation, headline_figures, measures_of, remove_length
+from tasks.benchmarking import run_benchmarks
 from tasks.debiasing import PairSet, offset_scores, rate_by_scores
 from tasks.evaluation import View, evaluate_variant, judge_truth
 from tasks.pages.ablation_page import AblationPage, ablation_answer, ablation_text
 from tasks.pages.report_data import VariantName
 from tasks.publishing import publish_link, publish_markdown, run_logger
-from tasks.scoring import Scored, score_responses
+from tasks.scoring import RewardModelRef, Scored, score_responses
 from tasks.store import ArtifactRef
 from tasks.training import TrainedModel, ratings_for, train_reward_model
 
@@ -130,7 +131,8 @@ def _measure_all(session: Session, run: AblationRun, seed: _Seed) -> Iterator[Ce
 def _measure(session: Session, cell: Cell, seed: _Seed) -> dict[str, float]:
     run = cell.applied(seed.run)
     if cell.kind == "untouched":
-        return _judged(session, seed, "untouched", seed.unseen.scores)
+        untouched = _judged(session, seed, "untouched", seed.unseen.scores)
+        return untouched | _benchmarked(session, run, "untouched", seed.sources.reward_model)
     if cell.kind == "length_regression":
         split = seed.split
         scores = remove_length(seed.seen.scores, split.seen.responses, seed.unseen.scores, split.unseen.responses)
@@ -161,10 +163,16 @@ def _trained(
     )
     seconds = _seconds(session, model, time.monotonic() - started)
     scored = score_responses(model.model, seed.split.unseen)
-    return _judged(session, seed, name, scored.scores) | {
+    return {
+        **_judged(session, seed, name, scored.scores),
+        **_benchmarked(session, run, name, model.model),
         "pairs": float(model.summary.train_pairs),
         **({"seconds": seconds} if seconds is not None else {}),
     }
+
+
+def _benchmarked(session: Session, run: CalibrationRun, name: VariantName, model: RewardModelRef) -> dict[str, float]:
+    return headline_figures(session.store, run_benchmarks(run.benchmarks, {name: model}, ()))
 
 
 def _judged(

@@ -1,11 +1,14 @@
 """The effect report: what each recipe measured, over all seeds, as one table and one page."""
 
+from collections.abc import Sequence
+
 from pydantic import BaseModel, ConfigDict
 
 from charm_core.ablation import CellMeasures, summarise_cells
 from charm_core.length_regression import fit_length_curve, without_length
 from charm_core.tables import RESPONSES, SCORES
 from tasks.caching import step
+from tasks.evidence import BenchmarkRows
 from tasks.pages.ablation_page import MEASURES, AblationPage, Measure, render_ablation
 from tasks.pages.report_data import Provenance, ReportVariant, TruthReport
 from tasks.store import ArtifactRef, ArtifactStore
@@ -45,6 +48,13 @@ def measures_of(
         "length": evidence.length_correlation,
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def headline_figures(store: ArtifactStore, benchmarks: Sequence[ArtifactRef]) -> dict[str, float]:
+    """The first figure of each benchmark, which is the overall one where there is one, of the only variant in it."""
+    first = [store.read_record(ref, BenchmarkRows).rows[0] for ref in benchmarks]
+    figures = {f"{row.benchmark} {row.subset}, {row.metric}": row.values[0].value.value for row in first}
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 @step(version=1)
