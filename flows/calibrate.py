@@ -28,13 +28,14 @@ from flows.runs import CalibrationRun
 from flows.session import Session, check_services, open_session
 from flows.sources import Sources
 from tasks.benchmarking import run_benchmarks
-from tasks.best_of_n import best_of_n_markdown, best_of_n_metrics, pick_best_of_n
+from tasks.best_of_n import best_of_n_metrics, pick_best_of_n
 from tasks.debiasing import (
     offset_scores,
     rate_by_scores,
 )
 from tasks.evaluation import View, compare_styles, compare_variants, evaluate_variant, judge_truth
 from tasks.evidence import CurveParts, DomainParts, Report, ReportParts, compose_report
+from tasks.pages.best_of_n_table import best_of_n_markdown
 from tasks.pages.report_data import ReportVariant, VariantName
 from tasks.pages.report_text import mismatch_markdown
 from tasks.promotion import score_again
@@ -85,9 +86,9 @@ def calibrate(run: CalibrationRun = DEMO) -> Outcome:
         used = _used(sources, split, scored_seen, correction, trained)
         warnings = sources.warnings + sources.answers.warnings + _warnings(scored_seen, split.seen.empty_responses)
         truth = _truth(run, sources, scored, correction.mismatch, split)
-        _best_of_n(session, sources, scored, split)
+        picked = _best_of_n(session, sources, scored, split)
         repeated = score_again(calibrated.model, split.unseen, scored["calibrated"].scores, run.promotion.gate)
-        report = _report(run, sources, correction, trained, domains, used, warnings, truth, repeated)
+        report = _report(run, sources, correction, trained, domains, used, warnings, truth, picked, repeated)
         released = package_model(calibrated.model, report.card)
         version = register_model(
             session.run, session.store, run.register_as or _registry_name(run.name), released, report
@@ -146,7 +147,7 @@ def _judge(
     )
 
 
-def _best_of_n(session: Session, sources: Sources, scored: Mapping[VariantName, Scored], split: Split) -> None:
+def _best_of_n(session: Session, sources: Sources, scored: Mapping[VariantName, Scored], split: Split) -> ArtifactRef:
     """What each variant would pick of several policy models' responses: published, and logged as metrics."""
     picked = pick_best_of_n(
         tuple((name, item.scores) for name, item in scored.items() if name != "offsets"),
@@ -163,6 +164,7 @@ def _best_of_n(session: Session, sources: Sources, scored: Mapping[VariantName, 
     table = best_of_n_markdown(report)
     session.run.log_text(table, "best_of_n.md")
     publish_markdown("best-of-n", table, "What each variant picks of n responses to a held-out prompt")
+    return picked
 
 
 def _report(
@@ -174,6 +176,7 @@ def _report(
     used: Used,
     warnings: tuple[str, ...],
     truth: ArtifactRef | None,
+    picked: ArtifactRef,
     repeated: ArtifactRef | None,
 ) -> Report:
     models = {name: model.model for name, model in trained.items()}
@@ -192,6 +195,7 @@ def _report(
             curves=tuple(CurveParts(variant=name, label=name, curve=model.curve) for name, model in trained.items()),
             benchmarks=run_benchmarks(run.benchmarks, {"untouched": sources.reward_model, **models}),
             truth=truth,
+            best_of_n=picked,
             repeated_scores=repeated,
             gate=run.promotion.gate,
             warnings=warnings,

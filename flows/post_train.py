@@ -20,10 +20,11 @@ from flows.command_line import run_from_command_line
 from flows.presets import POST_TRAIN, demo_post_training
 from flows.runs import CalibrationRun, PostTrainRun, SimulatedPolicy
 from flows.session import Session, check_services, open_session
-from tasks.best_of_n import best_of_n_markdown, best_of_n_metrics, pick_best_of_n
+from tasks.best_of_n import best_of_n_metrics, pick_best_of_n
 from tasks.debiasing import ChosenModels, PairSet, build_pairs, rate_by_scores
 from tasks.judging import Judged, judge_responses
 from tasks.ledger import explain, reuse_lines
+from tasks.pages.best_of_n_table import best_of_n_markdown
 from tasks.policy_comparison import compare_answers, comparison_markdown, comparison_metrics, comparison_summary
 from tasks.post_training import (
     UNTOUCHED,

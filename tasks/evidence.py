@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from charm_core.best_of_n import BestOfNReport
 from charm_core.offsets import OffsetFit
 from charm_core.preferences import PairSummary
 from charm_core.promotion import GateConfig
@@ -83,6 +84,7 @@ class ReportParts(_Part):
     benchmarks: tuple[ArtifactRef, ...] = ()
     responses: tuple[PolicyModelResponses, ...] = ()
     truth: ArtifactRef | None = None
+    best_of_n: ArtifactRef | None = None
     repeated_scores: ArtifactRef | None = None
     gate: GateConfig | None = None
     warnings: tuple[str, ...] = ()
@@ -98,7 +100,7 @@ class Report(_Part):
     card: ArtifactRef
 
 
-@step(version=1)
+@step(version=2)
 def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
     """Gather the results, render the page and the model card."""
     benchmarks = tuple(store.read_record(ref, BenchmarkRows) for ref in parts.benchmarks)
@@ -114,6 +116,7 @@ def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
         benchmarks=tuple(row for one in benchmarks for row in one.rows),
         reliability=tuple(row for one in benchmarks for row in one.reliability),
         truth=store.read_record(parts.truth, TruthReport) if parts.truth else None,
+        best_of_n=store.read_record(parts.best_of_n, BestOfNReport) if parts.best_of_n else None,
         repeated_scores=store.read_record(parts.repeated_scores, RepeatedScores) if parts.repeated_scores else None,
         provenance=parts.provenance,
     )

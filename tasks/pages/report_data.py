@@ -6,6 +6,7 @@ from pydantic import Field
 
 from charm_core.agreement import EloAgreement, MismatchComparison
 from charm_core.benchmarks.comparison import PairedTest
+from charm_core.best_of_n import BestOfNReport
 from charm_core.mismatch import MismatchReport
 from charm_core.offsets import OffsetFit
 from charm_core.preferences import PairSummary
@@ -253,6 +254,7 @@ class ReportData(Record):
     reliability: tuple[ReportReliability, ...] = ()
     responses: tuple[PolicyModelResponses, ...] = ()
     truth: TruthReport | None = None
+    best_of_n: BestOfNReport | None = None
     repeated_scores: RepeatedScores | None = None
     verdict: Verdict | None = None
     """Of the promotion gate, without the rule that depends on who is champion."""

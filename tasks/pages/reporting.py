@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tasks.pages import figures
+from tasks.pages.best_of_n_table import best_of_n_sentence, best_of_n_tables
 from tasks.pages.report_data import ReportData
 from tasks.pages.report_figures import benchmark_columns, first_of_each, heat_map, page_figures, scaled, variant_label
 from tasks.pages.report_text import answer, by_overvaluation, elo, number, p_value, span
@@ -44,6 +45,8 @@ def page_environment() -> Environment:
         first_of_each=first_of_each,
         benchmark_columns=benchmark_columns,
         variant_label=variant_label,
+        best_of_n_tables=best_of_n_tables,
+        best_of_n_sentence=best_of_n_sentence,
     )
     return environment
 

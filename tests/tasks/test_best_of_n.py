@@ -11,9 +11,10 @@ from charm_core.bradley_terry import ratings_from_battles
 from charm_core.responses import SplitConfig, split_prompts
 from charm_core.simulation import SimulationConfig, simulate_arena
 from charm_core.tables import RATINGS, RESPONSES, SCORES
-from tasks.best_of_n import best_of_n_markdown, best_of_n_metrics, pick_best_of_n
+from tasks.best_of_n import best_of_n_metrics, pick_best_of_n
 from tasks.caching import use_store
 from tasks.evaluation import View
+from tasks.pages.best_of_n_table import best_of_n_markdown
 from tasks.store import ArtifactRef, ArtifactStore
 
 CONFIG = BestOfNConfig(sizes=(1, 2, 4), bootstrap_replicates=50)
