@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-faults check prefect-ui mlflow-ui clean help
+.PHONY: demo test test-slow test-faults docs check prefect-ui mlflow-ui clean help
 
 help:
 	@echo "make demo       install and run the whole job on a simulated arena"
 	@echo "make test       install and run the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-faults  a bad night: kills, full disks, lost servers"
+	@echo "make docs       the documentation as pages, into .charm/site; every link is checked"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
 	@echo "make prefect-ui the Prefect pages, http://127.0.0.1:4200"
 	@echo "make mlflow-ui  the MLflow pages, http://127.0.0.1:5000"
@@ -34,6 +35,9 @@ test-slow: $(READY)
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -q -m faults
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy
 from pydantic import Field
-from scipy import stats
 
 from charm_core.errors import ConfigError
 from charm_core.records import Estimate, Record
@@ -68,7 +68,7 @@ def mean_over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estima
     mean = float(found.mean())
     if found.size < 2:
         return Estimate(value=mean)
-    half = float(stats.t.ppf(0.5 + confidence / 2, found.size - 1) * found.std(ddof=1) / np.sqrt(found.size))
+    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, found.size - 1) * found.std(ddof=1) / np.sqrt(found.size))
     return Estimate(value=mean, low=mean - half, high=mean + half)
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+import scipy
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
-from scipy.stats import binomtest, rankdata
 
 from charm_core.elo import rating_standard_errors, select_ratings
 from charm_core.errors import TableError
@@ -196,7 +196,7 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
             f"McNemar needs true and false, not {first.dtype} and {second.dtype}; compare with a threshold"
         )
     only_a, only_b = int((first & ~second).sum()), int((second & ~first).sum())
-    p_value = float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+    p_value = float(scipy.stats.binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
     return McNemar(items=first.size, only_a=only_a, only_b=only_b, p_value=p_value)
 
 
@@ -226,7 +226,7 @@ def score_length_correlation(scores: pl.DataFrame, responses: pl.DataFrame) -> S
     )
     score, characters, score_within, length_within = (column.to_numpy().astype(np.float64) for column in centred)
     return ScoreLengthCorrelation(
-        overall=_or_none(_pearson(rankdata(score), rankdata(characters))),
+        overall=_or_none(_pearson(scipy.stats.rankdata(score), scipy.stats.rankdata(characters))),
         within_prompt=_or_none(_pearson(score_within, length_within)),
         responses=cells.height,
     )
@@ -280,7 +280,7 @@ def _correlations(means: FloatArray, ratings: FloatArray) -> _Correlations:
         kendall = (mean_signs * rating_signs).sum(axis=-1) / untied
     return _Correlations(
         pearson=_pearson(means, ratings),
-        spearman=_pearson(rankdata(means, axis=-1), rankdata(ratings, axis=-1)),
+        spearman=_pearson(scipy.stats.rankdata(means, axis=-1), scipy.stats.rankdata(ratings, axis=-1)),
         kendall=np.asarray(kendall),
     )
 

@@ -12,7 +12,7 @@ A candidate is a row of RESPONSES. Several samples of one policy model are candi
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
@@ -36,7 +36,7 @@ _SAMPLE = re.compile(r"#\d+$")
 class BestOfNConfig(Record):
     """For which n."""
 
-    sizes: tuple[int, ...] = Field(
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(1, 2, 4, 8, 16, 32), description="Values of n; those above the number of candidates are left out."
     )
     bootstrap_replicates: int = Field(default=1000, ge=2, description="Resamples of the prompts.")

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from charm_core.errors import GraphError
 
@@ -52,6 +51,8 @@ def name_models(names: Sequence[str]) -> str:
 
 
 def _groups(adjacency: NDArray[np.bool_], connection: Literal["weak", "strong"]) -> list[list[int]]:
-    count, labels = connected_components(csr_array(adjacency.astype(np.int8)), directed=True, connection=connection)
+    count, labels = scipy.sparse.csgraph.connected_components(
+        scipy.sparse.csr_array(adjacency.astype(np.int8)), directed=True, connection=connection
+    )
     groups = [np.flatnonzero(labels == label).tolist() for label in range(count)]
     return sorted(groups, key=lambda group: (-len(group), group))

@@ -80,7 +80,7 @@ class JudgeRules(Record):
     max_prompts: int | None = Field(
         default=500, ge=1, description="At most so many prompts, drawn by seed; each costs two requests per pair."
     )
-    seed: int = Field(default=0, description="Seed of that draw.")
+    seed: int = Field(default=0, ge=0, description="Seed of that draw.")
 
     @model_validator(mode="after")
     def _template_is_whole(self) -> Self:

@@ -16,9 +16,9 @@ from typing import Self
 
 import numpy as np
 import polars as pl
+import scipy
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from scipy.sparse import csr_array
 
 from charm_core.records import Record
 
@@ -154,13 +154,15 @@ class _Grams:
     per_text: Ints
     """How many each text has, those with unknown words included."""
 
-    def counted(self, vocabulary: UInt64s) -> csr_array:
+    def counted(self, vocabulary: UInt64s) -> "scipy.sparse.csr_array":
         """How often each n-gram of a sorted vocabulary occurs in each text: texts × n-grams."""
         columns = np.searchsorted(vocabulary, self.values)
         there = np.append(vocabulary, np.uint64(0))[columns] == self.values
         there &= columns < vocabulary.size
         ones = np.ones(int(there.sum()), dtype=np.int32)
-        return csr_array((ones, (self.owners[there], columns[there])), shape=(self.per_text.size, vocabulary.size))
+        return scipy.sparse.csr_array(
+            (ones, (self.owners[there], columns[there])), shape=(self.per_text.size, vocabulary.size)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,7 @@ def _best_shares(mine: _Grams, theirs: _Grams, group_of: Ints) -> pl.DataFrame:
     return pl.concat([_NONE_FOUND, *found])
 
 
-def _row_blocks(in_prompts: csr_array, in_texts: csr_array) -> Iterator[Ints]:
+def _row_blocks(in_prompts: "scipy.sparse.csr_array", in_texts: "scipy.sparse.csr_array") -> Iterator[Ints]:
     """The prompts that share an n-gram with any text, in blocks of about equal work."""
     times = np.bincount(in_texts.indices, minlength=in_texts.shape[1])
     work = np.add.reduceat(
@@ -243,7 +245,11 @@ def _row_blocks(in_prompts: csr_array, in_texts: csr_array) -> Iterator[Ints]:
 
 
 def _best_of_rows(
-    in_prompts: csr_array, in_texts: csr_array, rows: Ints, grams: tuple[Ints, Ints], group_of: Ints
+    in_prompts: "scipy.sparse.csr_array",
+    in_texts: "scipy.sparse.csr_array",
+    rows: Ints,
+    grams: tuple[Ints, Ints],
+    group_of: Ints,
 ) -> pl.DataFrame:
     ours = in_prompts[rows]
     # the n-grams of a prompt that a text has, at every place of the prompt; and the other way round
@@ -260,5 +266,5 @@ def _best_of_rows(
     return pl.DataFrame(columns, schema=_NONE_FOUND.schema)
 
 
-def _present(counted: csr_array) -> csr_array:
-    return csr_array((np.ones_like(counted.data), counted.indices, counted.indptr), shape=counted.shape)
+def _present(counted: "scipy.sparse.csr_array") -> "scipy.sparse.csr_array":
+    return scipy.sparse.csr_array((np.ones_like(counted.data), counted.indices, counted.indptr), shape=counted.shape)

@@ -5,7 +5,7 @@ implementation's estimator. Only differences of offsets matter, so the reference
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
@@ -46,7 +46,7 @@ class OffsetConfig(Record):
     reference_model: str | None = Field(
         None, description="Policy model whose offset stays at 0; chosen automatically if not given."
     )
-    smoothing: tuple[float, ...] = Field(
+    smoothing: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1.0, 0.3, 0.1),
         min_length=1,
         description="paired: falling temperatures, as multiples of the spread of the score differences.",
@@ -62,8 +62,8 @@ class OffsetConfig(Record):
     @field_validator("smoothing")
     @classmethod
     def _falling(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if min(value) <= 0 or list(value) != sorted(value, reverse=True):
-            raise ValueError(f"smoothing temperatures must be positive and falling, not {value}")
+        if list(value) != sorted(value, reverse=True):
+            raise ValueError(f"smoothing temperatures must be falling, not {value}")
         return value
 
 

@@ -11,9 +11,9 @@ width, temperature scaling).
 """
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
-from scipy.optimize import brentq
 from scipy.special import expit
 
 from charm_core.errors import TableError
@@ -90,7 +90,7 @@ def fit_score_temperature(margins: ArrayLike, outcomes: ArrayLike | None = None)
     steep = 1.0
     while slope(steep) <= 0.0:
         steep *= 2.0
-    return spread / float(brentq(slope, 0.0, steep))
+    return spread / float(scipy.optimize.brentq(slope, 0.0, steep))
 
 
 def probability_calibration(

@@ -33,7 +33,7 @@ class SelectionRules(Record):
     )
     exclude_trained_on: bool = Field(default=False, description="Leave out what the reward model was trained on.")
     limit: int | None = Field(default=None, ge=1, description="At most so many prompts, drawn by seed.")
-    seed: int = Field(default=0, description="Seed of that draw.")
+    seed: int = Field(default=0, ge=0, description="Seed of that draw.")
     overlap: OverlapConfig = Field(default=OverlapConfig(), description="When a prompt is known from a benchmark.")
 
 

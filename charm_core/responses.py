@@ -52,7 +52,7 @@ class SplitConfig(BaseModel):
     max_calibration_prompts: int | None = Field(default=None, ge=1, description="At most so many calibration prompts.")
     max_held_out_prompts: int | None = Field(default=None, ge=1, description="At most so many held-out prompts.")
     max_domain_prompts: int | None = Field(default=None, ge=1, description="At most so many of the second domain.")
-    seed: int = Field(default=0, description="Seed of the split.")
+    seed: int = Field(default=0, ge=0, description="Seed of the split.")
 
 
 class Ingested(BaseModel):

@@ -28,7 +28,7 @@ class Decoding(BaseModel):
     sampling_temperature: float = Field(default=0.7, ge=0, le=2, description="0 is greedy decoding.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling: share of the probability mass kept.")
     max_tokens: int = Field(default=2048, ge=1, description="Most tokens of a response.")
-    seed: int | None = Field(default=0, description="Seed, sent where the back end takes one; none: left to it.")
+    seed: int | None = Field(default=0, ge=0, description="Seed, sent where the back end takes one; none: left to it.")
     system_prompt: str | None = Field(default=None, description="System message put before every prompt that has none.")
     stop: tuple[str, ...] = Field(default=(), description="Texts that end a response.")
 

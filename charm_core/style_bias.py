@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+import scipy
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.stats import rankdata
 
 from charm_core.errors import TableError
 from charm_core.records import Estimate, Record
@@ -182,6 +182,6 @@ def _correlation(sums: FloatArray) -> FloatArray:
 
 
 def _spearman(first: FloatArray, second: FloatArray) -> float | None:
-    one, other = (rankdata(side) - (len(side) + 1) / 2 for side in (first, second))
+    one, other = (scipy.stats.rankdata(side) - (len(side) + 1) / 2 for side in (first, second))
     scale = float(np.sqrt((one**2).sum() * (other**2).sum()))
     return float(one @ other) / scale if scale > 0.0 else None

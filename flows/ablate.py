@@ -13,8 +13,8 @@ from prefect import flow
 from charm_core.ablation import CellMeasures
 from charm_core.errors import ArtifactError, ConfigError
 from charm_core.responses import HELD_OUT
-from flows.ablation_cells import Cell, cells_of, skipped_cells
-from flows.calibration import Split, calibration_sources, correct, hold_out, measure_untouched
+from flows.ablation_cells import Cell, cells_of, compared_cells, skipped_cells
+from flows.calibration import Correction, Split, calibration_sources, correct, hold_out, measure_untouched
 from flows.command_line import run_from_command_line
 from flows.outcome import Outcome, Used, describe_provenance, step_lines
 from flows.presets import ABLATE, demo_ablation
@@ -56,9 +56,10 @@ def ablate(run: AblationRun = DEMO) -> Outcome:
     """Compare recipes of calibration with one another and with their control, over several seeds."""
     with open_session("ablate", run.name, run) as session:
         measured: list[CellMeasures] = []
+        left_out: dict[str, list[str]] = {}
         for number in run.seeds:
             seed = _prepare(number, seeded(run.calibration, number))
-            measured.extend(_measure_all(session, run, seed))
+            measured.extend(_measure_all(session, run, seed, left_out))
         name, board = seed.sources.name, seed.sources.board
         report = compose_ablation(
             run.name,
@@ -67,7 +68,8 @@ def ablate(run: AblationRun = DEMO) -> Outcome:
             run.calibration.simulation is not None,
             tuple(measured),
             CONTROL,
-            skipped_cells(run),
+            compared_cells(run),
+            (*skipped_cells(run), *(f"{name}: {', '.join(why)}." for name, why in left_out.items())),
             describe_provenance("ablate", run, Used(inputs={"ratings": board.ratings}, outputs={})),
         )
         page = session.store.read_record(report.data, AblationPage)
@@ -117,13 +119,16 @@ def _prepare(number: int, run: CalibrationRun) -> _Seed:
     )
 
 
-def _measure_all(session: Session, run: AblationRun, seed: _Seed) -> Iterator[CellMeasures]:
+def _measure_all(
+    session: Session, run: AblationRun, seed: _Seed, left_out: dict[str, list[str]]
+) -> Iterator[CellMeasures]:
     for cell in cells_of(run):
         try:
             values = _measure(session, cell, seed)
         except ConfigError as error:
             # a recipe that this seed does not allow, such as one overvalued model where none is flagged
             run_logger().warning("seed %d, %s: left out: %s", seed.number, cell.name, error)
+            left_out.setdefault(cell.name, []).append(f"left out with seed {seed.number} ({error})")
             continue
         yield CellMeasures(cell=cell.name, seed=seed.number, values=values)
 
@@ -138,6 +143,7 @@ def _measure(session: Session, cell: Cell, seed: _Seed) -> dict[str, float]:
         scores = remove_length(seed.seen.scores, split.seen.responses, seed.unseen.scores, split.unseen.responses)
         return _judged(session, seed, "offsets", scores)
     correction = correct(run, _target_ratings(cell, seed), seed.split, seed.seen, seed.mismatch)
+    _check_size(cell, correction)
     if cell.kind == "offsets":
         scores = offset_scores(seed.unseen.scores, correction.offsets)
         return _judged(session, seed, "offsets", scores, new_models=False)
@@ -145,6 +151,23 @@ def _measure(session: Session, cell: Cell, seed: _Seed) -> dict[str, float]:
         own = rate_by_scores(seed.seen.scores)
         return _trained(session, seed, run, "control", correction.control_pairs, own)
     return _trained(session, seed, run, "calibrated", correction.pairs, _target_ratings(cell, seed))
+
+
+def _check_size(cell: Cell, correction: Correction) -> None:
+    """A recipe that asks for more than there is would be another one under its name.
+
+    Raises:
+        ConfigError: It does.
+    """
+    there = {
+        ("selection", "max_overvalued"): len(correction.selection.overvalued),
+        ("selection", "auto_references"): len(correction.selection.references),
+        ("preferences", "max_pairs"): correction.pairs.summary.pairs,
+    }
+    for (section, name), count in there.items():
+        asked = cell.changes.get(section, {}).get(name)
+        if asked is not None and count < asked:
+            raise ConfigError(f"{section}.{name} {asked:,}, but there are only {count:,}")
 
 
 def _target_ratings(cell: Cell, seed: _Seed) -> ArtifactRef:
@@ -215,10 +238,10 @@ def _plain(text: str) -> str:
     return text.replace("δ", "delta").replace("=", "").replace(",", "")
 
 
-def start(run: AblationRun) -> str:
-    """Run the flow and return its summary."""
+def start(run: AblationRun) -> Outcome:
+    """Check the servers and run the flow."""
     check_services()
-    return ablate(run).summary
+    return ablate(run)
 
 
 if __name__ == "__main__":

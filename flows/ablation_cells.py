@@ -33,6 +33,11 @@ def cells_of(run: AblationRun) -> list[Cell]:
     return [*_fixed(run), *_sizes(run)]
 
 
+def compared_cells(run: AblationRun) -> tuple[str, ...]:
+    """Names of the recipes of which the best is sought; the others are less of the same."""
+    return tuple(cell.name for cell in _fixed(run))
+
+
 def skipped_cells(run: AblationRun) -> tuple[str, ...]:
     """What is left out, and why, in sentences."""
     if run.style_control and run.calibration.simulation is not None:

@@ -10,7 +10,7 @@ from prefect import flow
 
 from charm_core.errors import ConfigError
 from flows.command_line import run_from_command_line
-from flows.outcome import Outcome, Used, describe_provenance, finish
+from flows.outcome import Outcome, Used, describe_provenance, finish, name_run
 from flows.presets import AUDIT, demo_audit
 from flows.runs import AuditRun
 from flows.session import check_services, open_session
@@ -52,6 +52,7 @@ def audit(run: AuditRun = DEMO) -> Outcome:
         report = session.store.read_record(measured.evidence, ReportVariant).mismatch
         publish_markdown("audit-mismatch", mismatch_markdown(report), f"Mismatch of {measured.subject}")
         selection = choose_models(measured.evidence, run.selection)
+        name_run(session, measured.subject, measured.board, f"{len(selection.overvalued)} overvalued")
         correction = (
             check_offsets(measured.scores, measured.board.ratings, run.calibration, run.offset_splits)
             if measured.scores and run.offset_splits
@@ -153,10 +154,10 @@ def _subject(config: ScoresConfig) -> str:
     return ", ".join(config.where.values()) or source_file(config.source).path.rsplit("/", 1)[-1]
 
 
-def start(run: AuditRun) -> str:
-    """Run the flow and return its summary."""
+def start(run: AuditRun) -> Outcome:
+    """Check the servers and run the flow."""
     check_services()
-    return audit(run).summary
+    return audit(run)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ python -m flows.calibrate --preset demo
 python -m flows.calibrate --config benchmarks/real/calibrate_minilm.toml
 """
 
-import re
 import sys
 from collections.abc import Mapping
 
 from prefect import flow
 
 from charm_core.best_of_n import BestOfNConfig, BestOfNReport
+from charm_core.errors import ConfigError
 from charm_core.responses import HELD_OUT
 from flows.calibration import (
     Correction,
@@ -27,6 +27,7 @@ from flows.presets import CALIBRATE, demo
 from flows.runs import CalibrationRun
 from flows.session import Session, check_services, open_session
 from flows.sources import Sources
+from flows.stages import show_correction, show_mismatch, show_sources, show_training
 from tasks.benchmarking import run_benchmarks
 from tasks.best_of_n import best_of_n_metrics, pick_best_of_n
 from tasks.debiasing import (
@@ -35,14 +36,15 @@ from tasks.debiasing import (
 )
 from tasks.evaluation import View, compare_styles, compare_variants, evaluate_variant, judge_truth
 from tasks.evidence import CurveParts, DomainParts, Report, ReportParts, compose_report
+from tasks.model_registry import split_version
 from tasks.pages.best_of_n_table import best_of_n_markdown
-from tasks.pages.report_data import ReportVariant, VariantName
-from tasks.pages.report_text import mismatch_markdown
+from tasks.pages.report_data import VariantName
 from tasks.promotion import score_again
 from tasks.publishing import publish_markdown
+from tasks.recalibration import note_calibration, settings_digest
 from tasks.registry import judge_promotion, package_model, register_model
-from tasks.scoring import Scored, score_responses
-from tasks.store import ArtifactRef
+from tasks.scoring import Scored, load_preferences, score_responses
+from tasks.store import ArtifactRef, source_file
 from tasks.training import TrainedModel, log_training, ratings_for, train_reward_model
 
 DEMO = demo()
@@ -65,15 +67,14 @@ def calibrate(run: CalibrationRun = DEMO) -> Outcome:
     with open_session("calibrate", run.name, run) as session:
         sources = calibration_sources(run)
         split = hold_out(run, sources)
+        show_sources(sources, split)
         scored_seen = score_responses(sources.reward_model, split.seen)
         mismatch = measure_untouched(run, sources, scored_seen)
-        publish_markdown(
-            "mismatch",
-            mismatch_markdown(session.store.read_record(mismatch, ReportVariant).mismatch),
-            "Mismatch of the untouched reward model, calibration prompts",
-        )
+        show_mismatch(session, mismatch)
         correction = correct(run, sources.board.ratings, split, scored_seen, mismatch)
+        show_correction(session, sources, correction)
         calibrated, control = _fine_tune(session, run, sources, scored_seen, correction)
+        show_training({"calibrated": calibrated, "control": control})
         untouched = score_responses(sources.reward_model, split.unseen)
         scored: dict[VariantName, Scored] = {
             "untouched": untouched,
@@ -81,20 +82,25 @@ def calibrate(run: CalibrationRun = DEMO) -> Outcome:
             "control": score_responses(control.model, split.unseen),
             "calibrated": score_responses(calibrated.model, split.unseen),
         }
-        domains = tuple(_judge(run, sources, scored, split, view) for view in judged_views(run, split))
+        domains = tuple(
+            _judge(run, sources, scored, split, view) for view in judged_views(run.split, split.seen.policy_models)
+        )
         trained: dict[VariantName, TrainedModel] = {"calibrated": calibrated, "control": control}
         used = _used(sources, split, scored_seen, correction, trained)
         warnings = sources.warnings + sources.answers.warnings + _warnings(scored_seen, split.seen.empty_responses)
         truth = _truth(run, sources, scored, correction.mismatch, split)
-        picked = _best_of_n(session, sources, scored, split)
+        picked = _best_of_n(session, run, sources, scored, split)
         repeated = score_again(calibrated.model, split.unseen, scored["calibrated"].scores, run.promotion.gate)
         report = _report(run, sources, correction, trained, domains, used, warnings, truth, picked, repeated)
         released = package_model(calibrated.model, report.card)
-        version = register_model(
-            session.run, session.store, run.register_as or _registry_name(run.name), released, report
-        )
+        version = register_model(session.run, session.store, run.registered_name, released, report)
         promotion = judge_promotion(session.run, session.store, version, report.data, run.promotion)
-        return finish(session, report, used, model=released, model_version=version, promotion=promotion.sentence)
+        outcome = finish(session, report, used, model=released, model_version=version, promotion=promotion.sentence)
+        # last: from now on new ratings are held against these
+        note_calibration(
+            session.store, *split_version(version), sources.board, sources.responses.policy_models, settings_digest(run)
+        )
+        return outcome
 
 
 def _fine_tune(
@@ -147,24 +153,49 @@ def _judge(
     )
 
 
-def _best_of_n(session: Session, sources: Sources, scored: Mapping[VariantName, Scored], split: Split) -> ArtifactRef:
+def _best_of_n(
+    session: Session, run: CalibrationRun, sources: Sources, scored: Mapping[VariantName, Scored], split: Split
+) -> tuple[ArtifactRef, ...]:
     """What each variant would pick of several policy models' responses: published, and logged as metrics."""
-    picked = pick_best_of_n(
+    everybody = View(label="held-out prompts", parts=(HELD_OUT,))
+    picked = [_pick(sources, scored, split, everybody, None)]
+    if run.judge_preferences is not None:
+        judged = load_preferences(source_file(run.judge_preferences.source), run.judge_preferences)
+        both = tuple(name for name in split.unseen.policy_models if name in judged.policy_models)
+        if len(both) < 2:
+            raise ConfigError(
+                f"judge_preferences are about {list(judged.policy_models)}, of which fewer than two have responses; "
+                "name them as the responses do"
+            )
+        picked.append(_pick(sources, scored, split, everybody.model_copy(update={"policy_models": both}), judged.table))
+    reports = [session.store.read_record(ref, BestOfNReport) for ref in picked]
+    # where both have a number, it is the one about everybody
+    metrics = {name: value for report in reversed(reports) for name, value in best_of_n_metrics(report).items()}
+    session.run.log_metrics(metrics)
+    table = "\n\n".join(best_of_n_markdown(report) for report in reports)
+    session.run.log_text(table, "best_of_n.md")
+    publish_markdown("best-of-n", table, "What each variant picks of n responses to a held-out prompt")
+    return tuple(picked)
+
+
+def _pick(
+    sources: Sources,
+    scored: Mapping[VariantName, Scored],
+    split: Split,
+    view: View,
+    preferences: ArtifactRef | None,
+) -> ArtifactRef:
+    return pick_best_of_n(
         tuple((name, item.scores) for name, item in scored.items() if name != "offsets"),
         split.unseen.responses,
         BestOfNConfig(),
         ratings=sources.board.ratings,
+        preferences=preferences,
         quality=sources.simulated.true_quality if sources.simulated else None,
         split=split.parts,
-        view=View(label="held-out prompts", parts=(HELD_OUT,)),
+        view=view,
         compared=tuple((before, "calibrated") for before in BASELINES),
     )
-    report = session.store.read_record(picked, BestOfNReport)
-    session.run.log_metrics(best_of_n_metrics(report))
-    table = best_of_n_markdown(report)
-    session.run.log_text(table, "best_of_n.md")
-    publish_markdown("best-of-n", table, "What each variant picks of n responses to a held-out prompt")
-    return picked
 
 
 def _report(
@@ -176,7 +207,7 @@ def _report(
     used: Used,
     warnings: tuple[str, ...],
     truth: ArtifactRef | None,
-    picked: ArtifactRef,
+    picked: tuple[ArtifactRef, ...],
     repeated: ArtifactRef | None,
 ) -> Report:
     models = {name: model.model for name, model in trained.items()}
@@ -257,14 +288,10 @@ def _warnings(scored: Scored, empty_responses: int) -> tuple[str, ...]:
     return tuple(cut + empty)
 
 
-def _registry_name(name: str) -> str:
-    return f"charm-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-')}"
-
-
-def start(run: CalibrationRun) -> str:
-    """Run the flow and return its summary."""
+def start(run: CalibrationRun) -> Outcome:
+    """Check the servers and run the flow."""
     check_services()
-    return calibrate(run).summary
+    return calibrate(run)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from charm_core.errors import ConfigError
-from charm_core.responses import CALIBRATION, HELD_OUT, HELD_OUT_DOMAIN
+from charm_core.responses import CALIBRATION, HELD_OUT, HELD_OUT_DOMAIN, SplitConfig
 from charm_core.selection import Selection
 from flows.runs import CalibrationRun
-from flows.sources import Sources, real_sources, simulated_sources
+from flows.sources import Answers, Sources, real_sources, simulated_sources
 from tasks.debiasing import ChosenModels, PairSet, build_pairs, choose_models, fit_model_offsets
 from tasks.evaluation import View, evaluate_variant
 from tasks.prompts import ResponseSet, select_responses, split_responses
@@ -47,17 +47,26 @@ def hold_out(run: CalibrationRun, sources: Sources) -> Split:
     Raises:
         ConfigError: A held-out policy model without responses.
     """
-    everyone, held_out = sources.responses.policy_models, run.split.held_out_policy_models
+    parts, known = decide_parts(run.split, sources.answers)
+    return Split(
+        parts=parts,
+        seen=select_responses(sources.responses, parts, (CALIBRATION,), known),
+        unseen=select_responses(sources.responses, parts, (HELD_OUT, HELD_OUT_DOMAIN), sources.responses.policy_models),
+    )
+
+
+def decide_parts(config: SplitConfig, answers: Answers) -> tuple[ArtifactRef, tuple[str, ...]]:
+    """Which prompt belongs to which part, and the policy models that are not held out.
+
+    Raises:
+        ConfigError: A held-out policy model without responses.
+    """
+    everyone, held_out = answers.responses.policy_models, config.held_out_policy_models
     unknown = sorted(set(held_out) - set(everyone))
     if unknown:
         raise ConfigError(f"split.held_out_policy_models {unknown} have no responses; there are {list(everyone)}")
     known = tuple(model for model in everyone if model not in held_out)
-    parts = split_responses(sources.responses, run.split, sources.answers.trained_on)
-    return Split(
-        parts=parts,
-        seen=select_responses(sources.responses, parts, (CALIBRATION,), known),
-        unseen=select_responses(sources.responses, parts, (HELD_OUT, HELD_OUT_DOMAIN), everyone),
-    )
+    return split_responses(answers.responses, config, answers.trained_on), known
 
 
 def measure_untouched(run: CalibrationRun, sources: Sources, scored: Scored) -> ArtifactRef:
@@ -84,10 +93,9 @@ def correct(
     )
 
 
-def judged_views(run: CalibrationRun, split: Split) -> list[View]:
+def judged_views(config: SplitConfig, known: tuple[str, ...]) -> list[View]:
     """Held-out prompts; then, if there are any, held-out policy models and the second domain."""
-    held_out, domain = run.split.held_out_policy_models, run.split.held_out_prompt_sets
-    known = split.seen.policy_models
+    held_out, domain = config.held_out_policy_models, config.held_out_prompt_sets
     views = [View(label="held-out prompts", parts=(HELD_OUT,), policy_models=known)]
     if held_out:
         views.append(View(label="held-out policy models", parts=(HELD_OUT,), focus=held_out))

@@ -17,8 +17,9 @@ from charm_core.errors import ConfigError
 from charm_core.rating_history import BoardSeries, first_complete
 from charm_core.rating_movement import across_boards
 from flows.command_line import run_from_command_line
-from flows.outcome import Used, describe_provenance
+from flows.outcome import Used, describe_provenance, name_run
 from flows.presets import COLLECT_RATINGS, official_ratings
+from flows.rating_watch import policy_names, settled_decision, since_board, since_what, tell_of_movement
 from flows.runs import CollectRatingsRun
 from flows.session import Session, check_services, open_session
 from tasks.arena import DATE_NOTES, Board, board_of, kept_note, match_ratings, obtain_board, obtain_history
@@ -37,8 +38,8 @@ from tasks.ratings.changes import (
     compose_rating_page,
     trace_boards,
 )
-from tasks.ratings.snapshots import KeptSnapshot, find_snapshot, list_snapshots
-from tasks.store import ArtifactRef, ArtifactStore, source_file
+from tasks.ratings.snapshots import KeptSnapshot, list_snapshots
+from tasks.store import ArtifactRef, ArtifactStore
 
 OFFICIAL = official_ratings()
 """What a deployment runs if nothing else is asked for."""
@@ -55,6 +56,7 @@ class RatingsOutcome(BaseModel):
     new_snapshots: tuple[str, ...] = Field(description="Those that the store did not have.")
     due: bool | None = Field(description="Whether to calibrate again; None where that cannot be judged.")
     why: str
+    told: str = Field(default="", description="Whether and how Prefect was told that a calibration is due.")
     tracking_url: str = Field(description="Page of the MLflow run.")
     summary: str = Field(description="The result in a few lines.")
 
@@ -78,12 +80,12 @@ class _Collected:
 def collect_ratings(run: CollectRatingsRun = OFFICIAL) -> RatingsOutcome:
     """Collect Arena ratings, and say what is new since the last ones and whether a re-calibration is due."""
     with open_session("collect_ratings", run.name, run) as session:
-        aliases = source_file(run.arena.aliases) if run.arena.aliases else None
-        names = PolicyNames(policy_models=run.policy_models, aliases=aliases, accept_near=run.arena.accept_near)
+        names = policy_names(session.store, run)
         collected = _collect_history(session.store, run) if run.history else _collect_board(session.store, run, names)
         history = trace_boards(collected.traced, names, run.recalibration)
         comparisons = _compare(session.store, run, names, collected, history)
-        due, why = _decide(session.store, run, comparisons)
+        due, why = _decide(session.store, run, names, collected, comparisons)
+        name_run(session, "", collected.boards[-1], "re-calibration due" if due else "", page="ratings.html")
         used = Used(
             inputs={_dataset_name(board): board.ratings for board in collected.boards[-20:]},
             outputs={"history": history},
@@ -104,7 +106,12 @@ def collect_ratings(run: CollectRatingsRun = OFFICIAL) -> RatingsOutcome:
                 provenance=describe_provenance("collect_ratings", run, used),
             )
         )
-        return _finish(session, page, collected, used)
+        outcome = _finish(session, page, collected, used)
+        if run.recalibrates is None or not due:
+            return outcome
+        # last: if nobody can be told, all else is done
+        told = tell_of_movement(session.store, run.recalibrates, comparisons[0], why)
+        return outcome.model_copy(update={"told": told, "summary": f"{outcome.summary}\n{told}"})
 
 
 def _collect_board(store: ArtifactStore, run: CollectRatingsRun, names: PolicyNames) -> _Collected:
@@ -147,9 +154,9 @@ def _compare(
     series = {one.board: one for one in store.read_record(history, RatingHistory).series}
     for board, dated in by_board(collected.traced).items():
         last = dated[-1]
-        since = _since(store, run, last)
+        since = since_board(store, run, last)
         if since is not None:
-            found.append(("Since the snapshot that was asked for", since, last))
+            found.append((f"Since {since_what(run)}", since, last))
         if since is None and len(dated) > 1 and board in series:
             found.append(_usual(run, series[board], dated))
     return tuple(
@@ -171,17 +178,17 @@ def _usual(run: CollectRatingsRun, series: BoardSeries, dated: Sequence[Board]) 
     return "Since the date before", dated[-2], dated[-1]
 
 
-def _since(store: ArtifactStore, run: CollectRatingsRun, last: Board) -> Board | None:
-    if run.since is None:
-        return None
-    kept = find_snapshot(store, run.since, last.named().model_dump())
-    return None if kept.digest == last.snapshot else board_of(kept)
-
-
 def _decide(
-    store: ArtifactStore, run: CollectRatingsRun, comparisons: Sequence[ComparedBoards]
+    store: ArtifactStore,
+    run: CollectRatingsRun,
+    names: PolicyNames,
+    collected: _Collected,
+    comparisons: Sequence[ComparedBoards],
 ) -> tuple[bool | None, str]:
-    if not run.policy_models:
+    settled = settled_decision(store, run.recalibrates, collected.boards[-1]) if run.recalibrates else None
+    if settled is not None:
+        return settled
+    if not names.policy_models:
         return None, "no policy models are named in policy_models, so there are no win probabilities to watch"
     if not comparisons:
         return None, "there is no other snapshot of this board to compare with"
@@ -295,10 +302,10 @@ def _pair_rows(data: RatingPageData) -> list[dict[str, object]]:
     ]
 
 
-def start(run: CollectRatingsRun) -> str:
-    """Run the flow and return its summary."""
+def start(run: CollectRatingsRun) -> RatingsOutcome:
+    """Check the servers and run the flow."""
     check_services()
-    return collect_ratings(run).summary
+    return collect_ratings(run)
 
 
 if __name__ == "__main__":

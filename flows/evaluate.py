@@ -12,10 +12,18 @@ from urllib.parse import urlsplit
 from prefect import flow
 from pydantic import BaseModel, ConfigDict, Field
 
-from charm_core.errors import ConfigError
 from charm_core.responses import HELD_OUT, HELD_OUT_DOMAIN
+from flows.calibration import decide_parts, judged_views
 from flows.command_line import run_from_command_line
-from flows.outcome import Used, benchmark_metrics, describe_provenance, domain_metrics, metric_name, step_lines
+from flows.outcome import (
+    Used,
+    benchmark_metrics,
+    describe_provenance,
+    domain_metrics,
+    metric_name,
+    name_run,
+    step_lines,
+)
 from flows.presets import EVALUATE, demo_evaluation
 from flows.runs import EvaluationRun
 from flows.session import Session, check_services, open_session
@@ -35,7 +43,7 @@ from tasks.pages.evaluation_page_data import EvaluatedModel, EvaluationData
 from tasks.pages.evaluation_text import evaluation_summary
 from tasks.pages.report_data import VariantName
 from tasks.preflight import check_before_run
-from tasks.prompts import ResponseSet, select_responses, split_responses
+from tasks.prompts import ResponseSet, select_responses
 from tasks.publishing import publish_link, publish_markdown, publish_table
 from tasks.scoring import RewardModelRef
 from tasks.store import ArtifactRef
@@ -86,6 +94,9 @@ def evaluate(run: EvaluationRun = DEMO) -> EvaluationOutcome:
         scored = {name: sets for name, (sets, _) in both.items()}
         tables = judge_scored(benchmarks, scored, run.benchmarks.resampling, ((FIRST, SECOND),))
         alignment = _align(run, subjects)
+        board = subjects.answers.board if subjects.answers else None
+        labels = " and ".join(one.label for one in subjects.models.values())
+        name_run(session, labels, board, f"{len(tables)} benchmarks" if tables else "", page="evaluation.html")
         used = Used(
             inputs={f"{one.name} rows": one.rows for one in benchmarks} | dict(alignment.used),
             outputs=_outputs(scored, benchmarks),
@@ -99,7 +110,7 @@ def evaluate(run: EvaluationRun = DEMO) -> EvaluationOutcome:
                     for name, one in subjects.models.items()
                 ),
                 benchmarks=tables,
-                board=subjects.answers.board if subjects.answers else None,
+                board=board,
                 domains=alignment.domains,
                 responses=subjects.answers.rows if subjects.answers else (),
                 confidence=run.benchmarks.resampling.confidence,
@@ -171,18 +182,8 @@ def _align(run: EvaluationRun, subjects: _Subjects) -> _Alignment:
 def _views(run: EvaluationRun, answers: Answers) -> tuple[ArtifactRef | None, list[View]]:
     if run.split is None:
         return None, [View(label="all prompts")]
-    everyone, held_out = answers.responses.policy_models, run.split.held_out_policy_models
-    unknown = sorted(set(held_out) - set(everyone))
-    if unknown:
-        raise ConfigError(f"split.held_out_policy_models {unknown} have no responses; there are {list(everyone)}")
-    known = tuple(model for model in everyone if model not in held_out)
-    views = [View(label="held-out prompts", parts=(HELD_OUT,), policy_models=known)]
-    if held_out:
-        views.append(View(label="held-out policy models", parts=(HELD_OUT,), focus=held_out))
-    if run.split.held_out_prompt_sets:
-        label = f"{', '.join(run.split.held_out_prompt_sets)} prompts"
-        views.append(View(label=label, parts=(HELD_OUT_DOMAIN,), policy_models=known))
-    return split_responses(answers.responses, run.split, answers.trained_on), views
+    parts, known = decide_parts(run.split, answers)
+    return parts, judged_views(run.split, known)
 
 
 def _judge(
@@ -264,10 +265,10 @@ def _metrics(data: EvaluationData) -> dict[str, float | None]:
     return {metric_name(name): value for name, value in metrics.items()}
 
 
-def start(run: EvaluationRun) -> str:
-    """Run the flow and return its summary."""
+def start(run: EvaluationRun) -> EvaluationOutcome:
+    """Check the servers and run the flow."""
     check_services()
-    return evaluate(run).summary
+    return evaluate(run)
 
 
 if __name__ == "__main__":

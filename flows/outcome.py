@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flows.command_line import settings_toml
 from flows.session import Session
+from tasks.arena import Board
+from tasks.drawn_figures import draw_figures
 from tasks.evidence import Report
 from tasks.ledger import explain, reuse_lines
 from tasks.pages.report_data import BenchmarkRow, InputDigest, Provenance, ReportData, ReportDomain, ReportReliability
 from tasks.pages.report_text import summary_text
-from tasks.pages.reporting import figures_for_tracking
-from tasks.publishing import publish_link, publish_markdown, publish_table
+from tasks.publishing import publish_link, publish_markdown, publish_table, rename_flow_run
 from tasks.store import ArtifactRef
 from tasks.tracking import git_revision, package_versions
 
@@ -56,6 +58,24 @@ def describe_provenance(flow: str, run: BaseModel, used: Used) -> Provenance:
     )
 
 
+def name_run(session: Session, about: str, board: Board | None, found: str = "", *, page: str = "report.html") -> None:
+    """Say in the run's name, in Prefect and in MLflow, what it is about, and link the two and the report in MLflow.
+
+    Args:
+        session: The open run.
+        about: What it is about, for a run that was given no name.
+        board: What is held against it.
+        found: What came out, in two or three words.
+        page: The report among the run's artifacts in MLflow.
+    """
+    dated = f"board {board.date}" if board is not None and board.date else ""
+    given = about if session.name == session.kind else session.name
+    name = " · ".join(filter(None, (f"{session.kind.replace('_', ' ')} {given}", dated, found)))
+    rename_flow_run(name)
+    links = [f"[Prefect run]({session.flow_run_url})", f"[report]({session.run.url}/artifacts/{page})"]
+    session.run.show(name, " · ".join(links))
+
+
 def finish(
     session: Session,
     report: Report,
@@ -75,9 +95,9 @@ def finish(
     session.run.log_datasets(used.inputs, "input")
     session.run.log_datasets(used.outputs, "output")
     session.run.log_table(_overvaluation_table(data), "overvaluation.json")
-    session.run.log_text(html, "report.html")
-    for name, figure in figures_for_tracking(data).items():
-        session.run.log_text(figure.decode(), f"figures/{name}")
+    session.run.log_text(_with_links(session, html), "report.html")
+    for name, figure in draw_figures(report.data).files.items():
+        session.run.log_text(session.store.read_bytes(figure).decode(), f"figures/{name}")
     session.run.log_text(data.model_dump_json(indent=1), "report.json")
     path = _local_path(report.html.uri)
     summary = summary_text(data)
@@ -98,6 +118,13 @@ def finish(
         model_version=model_version,
         summary="\n".join([summary, *steps, f"Report   {path or report.html.uri}", *registered, *_pages(session)]),
     )
+
+
+def _with_links(session: Session, html: str) -> str:
+    """MLflow's copy of a report, with links to the runs: the report itself is the same in every run that makes it."""
+    links = ((session.run.url, "MLflow run"), (session.flow_run_url, "Prefect run"))
+    line = " · ".join(f'<a href="{escape(url)}">{text}</a>' for url, text in links)
+    return html.replace("</body>", f"<footer><p>{line}</p></footer>\n</body>", 1)
 
 
 def _overvaluation_table(data: ReportData) -> pl.DataFrame:
@@ -209,5 +236,5 @@ def _indented(head: str, lines: list[str]) -> list[str]:
 def _pages(session: Session) -> tuple[str, ...]:
     return (
         f"MLflow   {session.run.url}  (`make mlflow-ui` opens the pages)",
-        "Prefect  http://127.0.0.1:4200/runs  (`make prefect-ui` opens the pages)",
+        f"Prefect  {session.flow_run_url}  (`make prefect-ui` opens the pages)",
     )

@@ -245,10 +245,10 @@ def _training_metrics(results: _Results) -> dict[str, float | None]:
     return metrics
 
 
-def start(run: PostTrainRun) -> str:
-    """Run the flow and return its summary."""
+def start(run: PostTrainRun) -> PostTrainOutcome:
+    """Check the servers and run the flow."""
     check_services()
-    return post_train(run).summary
+    return post_train(run)
 
 
 if __name__ == "__main__":

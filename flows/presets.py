@@ -15,6 +15,7 @@ from flows.runs import (
     CollectRatingsRun,
     EvaluationRun,
     PostTrainRun,
+    RecalibrationRun,
     SimulatedPolicy,
 )
 from tasks.arena import ArenaConfig
@@ -59,9 +60,15 @@ def demo() -> CalibrationRun:
     )
 
 
+def demo_recalibration() -> RecalibrationRun:
+    """The demo's calibration, of whose simulated arena there are no other ratings: nothing to do."""
+    run = demo()
+    return RecalibrationRun(**{name: getattr(run, name) for name in run.model_fields_set})
+
+
 def demo_ablation() -> AblationRun:
-    """The demo's calibration against its alternatives."""
-    return AblationRun(name="simulated arena", calibration=demo())
+    """The demo's calibration against its alternatives, in worlds that nothing was tuned on."""
+    return AblationRun(name="simulated arena", calibration=demo(), seeds=(3, 4, 5))
 
 
 def paper() -> CalibrationRun:
@@ -119,6 +126,7 @@ def demo_post_training() -> PostTrainRun:
 AUDIT = {"demo": demo_audit}
 ABLATE = {"demo": demo_ablation}
 CALIBRATE = {"demo": demo, "paper": paper}
+RECALIBRATE = {"demo": demo_recalibration}
 EVALUATE = {"demo": demo_evaluation}
 COLLECT_RATINGS = {"official": official_ratings}
 POST_TRAIN = {"demo": demo_post_training}

@@ -19,6 +19,7 @@ from pydantic_settings import CliImplicitFlag
 from charm_core.errors import ConfigError
 from charm_core.promotion import GateConfig
 from flows.command_line import run_from_command_line
+from flows.forms import Form
 from flows.session import Session, check_services, open_session
 from flows.settings import RuntimeSettings
 from tasks.hub_push import HubConfig, push_version
@@ -30,13 +31,11 @@ from tasks.registry import GATE_TAG, PromotionConfig, evidence_ref, judge_promot
 from tasks.tracking import open_registry
 
 
-class PromoteRun(BaseModel):
+class PromoteRun(Form):
     """Show who is champion, or change it: give at most one of promote, roll_back, withdraw and push.
 
     A calibration promotes its version by itself if the gate passes; this is for everything else.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | None = Field(
         default=None, min_length=1, description="Name in the model registry; default: show all of them."
@@ -90,6 +89,8 @@ class PromoteRun(BaseModel):
 
 
 PRESETS: dict[str, Callable[[], PromoteRun]] = {"show": PromoteRun}
+SHOW = PromoteRun()
+"""What a deployment runs if nothing else is asked for."""
 
 
 class PromoteOutcome(BaseModel):
@@ -97,15 +98,17 @@ class PromoteOutcome(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    champion: str | None = Field(description="The version that is champion now.")
+    champion: str | None = Field(description="The version that is champion now; None as well where nothing was asked.")
     summary: str = Field(description="The result in a few lines.")
 
 
 @flow(name="promote", flow_run_name="promote {run.model}")
-def promote(run: PromoteRun) -> PromoteOutcome:
-    """Change who is champion of a registered model, or push a version to the hub; every change is recorded."""
+def promote(run: PromoteRun = SHOW) -> PromoteOutcome:
+    """Show or change who is champion of a registered model, or push a version to the hub; every change is recorded."""
     if run.model is None or not run.asked:
-        raise ConfigError("nothing to do: give model and one of promote, roll_back, withdraw and push")
+        state = show(run.model)
+        publish_markdown("promote-champion", f"```\n{state}\n```", f"Champion of {run.model or 'every model'}")
+        return PromoteOutcome(champion=None, summary=state)
     actions: dict[str, Callable[[Session, PromoteRun, str], str]] = {
         "promote": _promote,
         "roll_back": _roll_back,
@@ -203,12 +206,12 @@ def show(name: str | None) -> str:
         return describe_all(tuple(registry.model(one) for one in registry.names()))
 
 
-def start(run: PromoteRun) -> str:
-    """Run the flow, or show what there is, and return the summary."""
+def start(run: PromoteRun) -> PromoteOutcome | str:
+    """Run the flow, or show what there is."""
     if not run.asked:
         return show(run.model)
     check_services()
-    return promote(run).summary
+    return promote(run)
 
 
 if __name__ == "__main__":

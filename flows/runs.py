@@ -1,6 +1,7 @@
 """The settings of each flow: the form in the Prefect UI, the TOML file and the command line at once."""
 
-from typing import Self
+import re
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,6 +16,7 @@ from charm_core.reward_model.post_training_job import PostTrainingConfig, TinyPo
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.sampling import Decoding
 from charm_core.selection import SelectionConfig
+from flows.forms import Form
 from tasks.arena import ArenaConfig
 from tasks.benchmark_sources import BenchmarksConfig
 from tasks.gathering import SamplingConfig
@@ -27,12 +29,10 @@ from tasks.remote_scoring import RemoteScorerConfig
 from tasks.scoring import ScoresConfig
 from tasks.simulation import SimulatedWorld
 
-
-class _Run(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Count = Annotated[int, Field(ge=1)]
 
 
-class AuditRun(_Run):
+class AuditRun(Form):
     """Is this reward model biased? Ratings and scores in, a mismatch report out; nothing is trained.
 
     Say where the ratings come from (arena) and give one of: scores; preferences; win_rates; or responses (a table of them, or
@@ -87,7 +87,7 @@ class AuditRun(_Run):
         return self
 
 
-class CalibrationRun(_Run):
+class CalibrationRun(Form):
     """The main job: measure where a reward model disagrees with people, correct it, and show whether that worked.
 
     Say where ratings (arena) and responses come from and which reward_model is meant, or use a simulation.
@@ -111,6 +111,10 @@ class CalibrationRun(_Run):
     preferences: PreferenceConfig = Field(default=PreferenceConfig(), description="How debiased pairs are built.")
     training: TrainingConfig = Field(default=TrainingConfig(), description="How the reward model is fine-tuned.")
     benchmarks: BenchmarksConfig = Field(default=BenchmarksConfig(), description="Further tests, before and after.")
+    judge_preferences: ScoresConfig | None = Field(
+        default=None,
+        description="A judge's pairwise preferences among these responses, or against one opponent: best of n is held against them.",
+    )
     promotion: PromotionConfig = Field(
         default=PromotionConfig(), description="Whether the registered version becomes the champion."
     )
@@ -134,11 +138,24 @@ class CalibrationRun(_Run):
             raise ValueError("give responses or sampling, not both")
         return self
 
+    @property
+    def registered_name(self) -> str:
+        """Name of the calibrated reward model in the model registry."""
+        return self.register_as or f"charm-{re.sub(r'[^A-Za-z0-9._-]+', '-', self.name).strip('-')}"
 
-class CollectRatingsRun(_Run):
+
+class RecalibrationRun(CalibrationRun):
+    """Calibrate again, if there are other ratings than those that the registered model is calibrated to.
+
+    The settings are those of the calibration; the same file does. The ratings are those that the event names; without an event the
+    latest snapshot in the store of the board that arena names, or exactly arena.snapshot.
+    """
+
+
+class CollectRatingsRun(Form):
     """Collect Arena ratings, keep them as snapshots, and say whether the win probabilities that matter have moved.
 
-    Say where the ratings come from (arena), and whose win probabilities to watch (policy_models).
+    Say where the ratings come from (arena), and whose win probabilities to watch (policy_models, or recalibrates).
     """
 
     name: str = Field(
@@ -157,15 +174,27 @@ class CollectRatingsRun(_Run):
     )
     since: str | None = Field(
         default=None,
-        description="Compare with this snapshot, by date or digest, for example the one that was calibrated to; default: the "
-        "one before.",
+        description="Compare with this snapshot, by date or digest; default: the one that the model of recalibrates is calibrated "
+        "to, otherwise the one before.",
+    )
+    recalibrates: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A calibrated reward model, by its name in the model registry: ratings are compared with those that it is "
+        "calibrated to, its policy models are watched unless others are named, and Prefect is told when it is due again.",
     )
     recalibration: RecalibrationRule = Field(
         default=RecalibrationRule(), description="When new ratings call for a new calibration."
     )
 
+    @model_validator(mode="after")
+    def _one_board_is_watched(self) -> Self:
+        if self.recalibrates is not None and self.history:
+            raise ValueError("recalibrates watches one board: collect the history in a run of its own")
+        return self
 
-class EvaluationRun(_Run):
+
+class EvaluationRun(Form):
     """Benchmarks and human alignment of any reward model; of two, whether they differ beyond chance.
 
     Say which reward_model is meant, and what it is put to: benchmarks; or, to hold it against the Arena's human ratings, arena
@@ -224,7 +253,7 @@ class EvaluationRun(_Run):
         return self.responses or self.sampling
 
 
-class AblationRun(_Run):
+class AblationRun(Form):
     """Which recipe corrects a reward model best: many of them, several seeds, one table.
 
     Say which calibration they are variants of. Finished cells are cached: an interrupted ablation goes on.
@@ -234,26 +263,23 @@ class AblationRun(_Run):
         default="ablation", min_length=1, description="What this run is called in Prefect, MLflow and the page."
     )
     calibration: CalibrationRun = Field(description="The calibration that all recipes are changes of.")
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(0, 1, 2),
         min_length=1,
         description="Seeds of the split, the training and, in a simulation, the world; intervals need at least two.",
     )
     style_control: bool = Field(default=True, description="Also correct towards the style-controlled board.")
-    overvalued: tuple[int, ...] = Field(default=(1, 2, 4), description="How many overvalued models take part.")
-    references: tuple[int, ...] = Field(default=(1, 2, 4), description="How many reference models take part.")
-    pairs: tuple[int, ...] = Field(
+    overvalued: tuple[Count, ...] = Field(default=(1, 2, 4), description="How many overvalued models take part.")
+    references: tuple[Count, ...] = Field(default=(1, 2, 4), description="How many reference models take part.")
+    pairs: tuple[Count, ...] = Field(
         default=(200, 2000, 20000),
         description="How many pairs are trained on; sizes beyond what there is are left out.",
     )
 
     @model_validator(mode="after")
-    def _counts(self) -> Self:
-        for name in ("overvalued", "references", "pairs"):
-            if any(count < 1 for count in getattr(self, name)):
-                raise ValueError(f"{name} must be numbers from 1 on, not {list(getattr(self, name))}")
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds must be different numbers from 0 on, not {list(self.seeds)}")
+    def _different_seeds(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, not {list(self.seeds)}")
         return self
 
 
@@ -282,7 +308,7 @@ class SimulatedPolicy(BaseModel):
         return self
 
 
-class PostTrainRun(_Run):
+class PostTrainRun(Form):
     """What is a calibrated reward model good for? Label a policy model's own responses with it, train the policy model, compare.
 
     Say which policy_model is post-trained on prompts, by which reward_models its responses are labelled, and which judge decides

@@ -3,20 +3,25 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from uuid import UUID
 
 import httpx
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL, PREFECT_UI_URL
 from pydantic import BaseModel
 
 from charm_core.errors import ServiceError
 from flows.settings import RuntimeSettings, find_secret
+from tasks.abandoned_flow_runs import claim_flow_run, crash_abandoned_flow_runs
+from tasks.addresses import shown_address
 from tasks.caching import use_store
+from tasks.device_turns import use_cpu_jobs
 from tasks.ledger import Ledger, keep_ledger, last_ledger
+from tasks.progress import tell
 from tasks.publishing import publish_link
 from tasks.secrets import use_secrets
 from tasks.store import ArtifactStore
-from tasks.tracking import TrackedRun, check_tracking, tracked_run
+from tasks.tracking import TITLE_TAG, TrackedRun, check_tracking, tracked_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,12 @@ class Session:
     """The steps of this run so far."""
     last: Ledger | None
     """Those of the last successful run of the same name."""
+    kind: str
+    """Of the flow."""
+    name: str
+    """Of this run, as its settings say."""
+    flow_run_url: str
+    """Page of the Prefect run."""
 
 
 @contextlib.contextmanager
@@ -49,15 +60,21 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
     store.check_writable()
     tags = {"charm.flow": kind, "prefect.flow_run_id": str(flow_run.id), "prefect.flow_run_url": _flow_run_url()}
     title, plain = f"{kind} {name}", settings.model_dump(mode="json")
+    if flow_run.id is not None:
+        claim_flow_run(UUID(str(flow_run.id)))
+    crash_abandoned_flow_runs()
     last = last_ledger(store, title)
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_store(store))
         stack.enter_context(use_secrets(find_secret))
-        run = stack.enter_context(tracked_run(runtime.tracking(), title, tags=tags))
+        stack.enter_context(use_cpu_jobs(runtime.cpu_jobs))
+        run = stack.enter_context(tracked_run(runtime.tracking(), title, tags={**tags, TITLE_TAG: title}))
         ledger = stack.enter_context(keep_ledger(store, title, plain))
         run.log_params(plain)
         publish_link(f"{kind}-mlflow", run.url, "MLflow run", "Parameters, metrics, figures and artifacts of this run")
-        yield Session(store=store, run=run, ledger=ledger, last=last)
+        yield Session(
+            store=store, run=run, ledger=ledger, last=last, kind=kind, name=name, flow_run_url=_flow_run_url()
+        )
 
 
 def check_services() -> None:
@@ -66,17 +83,43 @@ def check_services() -> None:
     Raises:
         ServiceError: With its address.
     """
-    check_tracking(RuntimeSettings().tracking())
+    _check_prefect()
+    check_tracking(RuntimeSettings().tracking())  # Prefect may be asked where that is
+
+
+def server_away(error: Exception) -> ServiceError | None:
+    """What to say of an error that a run ended with because the Prefect server has gone; None if that is not why."""
+    if not isinstance(error, httpx.TransportError):
+        return None
+    try:
+        _check_prefect()
+    except ServiceError as away:
+        return ServiceError(f"{away}; finished steps are kept, run the same command again to go on")
+    return None
+
+
+def _check_prefect() -> None:
     url = PREFECT_API_URL.value()
     if not url:
-        return  # Prefect starts a temporary server of its own
+        # Prefect starts one of its own
+        tell("no Prefect server is named (PREFECT_API_URL): a temporary one is started, which takes about 20 seconds")
+        return
     try:
         httpx.get(f"{url.rstrip('/')}/health", timeout=10).raise_for_status()
+        login = (PREFECT_API_AUTH_STRING.value() or "").split(":", 1)
+        asked = httpx.get(
+            f"{url.rstrip('/')}/admin/version", auth=(login[0], login[-1]) if login[0] else None, timeout=10
+        )
     except httpx.HTTPError as error:
         raise ServiceError(
-            f"the Prefect server at {url} does not answer ({error}); start it with `prefect server start`, or unset "
+            f"the Prefect server at {shown_address(url)} does not answer ({error}); start it with `prefect server start`, or unset "
             f"PREFECT_API_URL to run without one"
         ) from None
+    if asked.status_code == httpx.codes.UNAUTHORIZED and not PREFECT_API_KEY.value():
+        raise ServiceError(
+            f"the Prefect server at {shown_address(url)} does not accept the login: set PREFECT_API_AUTH_STRING to its "
+            f"user:password"
+        )
 
 
 def _flow_run_url() -> str:

@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 from typing import cast
+from urllib.parse import unquote, urlsplit
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from charm_core.errors import ConfigError, ServiceError
+from tasks.addresses import shown_address
 from tasks.store import ArtifactStore
 from tasks.tracking import TrackingSettings
 
@@ -23,7 +26,11 @@ _ENVIRONMENT_DEFAULTS = {
 
 
 class RuntimeSettings(BaseSettings):
-    """Environment variables ``CHARM_…``. None of them changes a result."""
+    """Environment variables ``CHARM_…``. None of them changes a result.
+
+    The store and the tracking URI can also be kept on the Prefect server, for all of its workers: in a Secret block, which is for
+    what holds a password, or a Variable. The server is asked when they are needed and the environment does not say.
+    """
 
     model_config = SettingsConfigDict(env_prefix="CHARM_", env_ignore_empty=True, frozen=True, extra="ignore")
 
@@ -31,16 +38,35 @@ class RuntimeSettings(BaseSettings):
         default=CHECKOUT / ".charm", description="Folder for everything that CHARM keeps on this machine."
     )
     store: str | None = Field(
-        default=None, description="Folder or fsspec URL of the artifact store; default: home/store."
+        default=None,
+        description="Folder or fsspec URL of the artifact store; default: Prefect's block charm-store or variable charm_store, or else "
+        "home/store.",
     )
-    tracking_uri: str | None = Field(default=None, description="MLflow tracking URI; default: SQLite in home.")
+    tracking_uri: str | None = Field(
+        default=None,
+        description="MLflow tracking URI; default: Prefect's block charm-tracking-uri or variable charm_tracking_uri, or else SQLite "
+        "in home.",
+    )
     experiment: str = Field(default="charm", description="MLflow experiment.")
-    mlflow_ui_url: str = Field(default="http://127.0.0.1:5000", description="Where people open the MLflow pages.")
+    mlflow_ui_url: str | None = Field(
+        default=None, description="Where people open the MLflow pages, if not at the tracking URI."
+    )
+    cpu_jobs: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most model processes (training, scoring, answering) at a time on a machine without a GPU; default: no "
+        "limit. On a GPU it is always one.",
+    )
 
     def artifact_store(self) -> ArtifactStore:
-        """The artifact store."""
+        """The artifact store.
+
+        Raises:
+            ConfigError: Its address holds a password or a key.
+        """
         home = self.home.expanduser().resolve()
-        url = self.store or str(home / "store")
+        url = self.store or _kept_by_prefect("CHARM_STORE") or str(home / "store")
+        _check_store(url)
         if "://" not in url:
             url = str(Path(url).expanduser().resolve())
         return ArtifactStore(url=url, work_folder=str(home / "work"))
@@ -48,8 +74,9 @@ class RuntimeSettings(BaseSettings):
     def tracking(self) -> TrackingSettings:
         """Where runs are remembered."""
         home = self.home.expanduser().resolve()
-        if self.tracking_uri:
-            return TrackingSettings(uri=self.tracking_uri, experiment=self.experiment, ui_url=self.mlflow_ui_url)
+        uri = self.tracking_uri or _kept_by_prefect("CHARM_TRACKING_URI")
+        if uri:
+            return TrackingSettings(uri=_without_login(uri), experiment=self.experiment, ui_url=self.mlflow_ui_url)
         home.mkdir(parents=True, exist_ok=True)
         return TrackingSettings(
             uri=f"sqlite:///{home / 'mlflow.db'}",
@@ -64,6 +91,10 @@ def find_secret(name: str) -> str | None:
     value = os.environ.get(name)
     if value:
         return value
+    return _secret_block(name)
+
+
+def _secret_block(name: str) -> str | None:
     from prefect.blocks.system import Secret  # late: Prefect reads its own settings when it is imported
 
     try:
@@ -72,6 +103,49 @@ def find_secret(name: str) -> str | None:
         return str(block.get())
     except ValueError:  # there is no such block
         return None
+
+
+def _kept_by_prefect(name: str) -> str | None:
+    """What the Prefect server keeps under that name, in a Secret block or a Variable; nothing if no server is named.
+
+    Raises:
+        ServiceError: It does not answer.
+    """
+    import httpx
+    from prefect.settings import PREFECT_API_URL
+    from prefect.variables import Variable
+
+    server = PREFECT_API_URL.value()
+    if not server:
+        return None
+    try:
+        value = _secret_block(name) or Variable.get(name.lower())
+    except httpx.HTTPError as error:
+        raise ServiceError(
+            f"the Prefect server at {shown_address(server)} cannot be asked for {name} ({error}): see that it answers, set {name} in "
+            f"the environment, or unset PREFECT_API_URL"
+        ) from None
+    return str(value) if value else None
+
+
+def _check_store(url: str) -> None:
+    """The store's address becomes part of every reference to a file in it, and those are shown everywhere."""
+    address = urlsplit(url) if "://" in url else None
+    if address is not None and (address.password or address.query):
+        raise ConfigError(
+            f"the store's address {shown_address(url)} holds a password or a key: take it out of CHARM_STORE and give it to fsspec, "
+            f"as FSSPEC_{address.scheme.upper()}_KEY and the like or in ~/.config/fsspec"
+        )
+
+
+def _without_login(uri: str) -> str:
+    """A server's address without its login, which MLflow takes from the environment as well: a URI is shown in its messages."""
+    address = urlsplit(uri)
+    if address.scheme not in ("http", "https") or not address.username:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(address.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(address.password or "")
+    return shown_address(uri)
 
 
 def prepare_environment() -> None:

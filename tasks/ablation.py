@@ -9,7 +9,7 @@ from charm_core.length_regression import fit_length_curve, without_length
 from charm_core.tables import RESPONSES, SCORES
 from tasks.caching import step
 from tasks.evidence import BenchmarkRows
-from tasks.pages.ablation_page import MEASURES, AblationPage, Measure, render_ablation
+from tasks.pages.ablation_page import MEASURES, AblationPage, Measure, RunnerUp, best_of, render_ablation
 from tasks.pages.report_data import Provenance, ReportVariant, TruthReport
 from tasks.store import ArtifactRef, ArtifactStore
 
@@ -57,7 +57,18 @@ def headline_figures(store: ArtifactStore, benchmarks: Sequence[ArtifactRef]) ->
     return {name: value for name, value in figures.items() if value is not None}
 
 
-@step(version=1)
+def _runner_up(cells: tuple[CellMeasures, ...], recipes: tuple[str, ...], best: str) -> RunnerUp | None:
+    """The trained recipe with the next lowest mean |MD|, and by how much it is higher, paired by seed."""
+    others = [
+        one
+        for one in summarise_cells(cells, against=best)
+        if one.cell in recipes and one.cell != best and "pairs" in one.means and "mismatch" in one.against
+    ]
+    second = min(others, key=lambda one: one.means["mismatch"].value or 0.0, default=None)
+    return RunnerUp(cell=second.cell, difference=second.against["mismatch"]) if second else None
+
+
+@step(version=2)
 def compose_ablation(
     store: ArtifactStore,
     title: str,
@@ -66,12 +77,15 @@ def compose_ablation(
     simulated: bool,
     cells: tuple[CellMeasures, ...],
     against: str,
+    recipes: tuple[str, ...],
     skipped: tuple[str, ...],
     provenance: Provenance,
 ) -> AblationReport:
     """Summarise the cells and render the page."""
     names = {name for cell in cells for name in cell.values}
     further = sorted(names - {measure.name for measure in MEASURES})
+    summaries = summarise_cells(cells, against=against)
+    best = best_of(summaries, recipes)
     page = AblationPage(
         title=title,
         reward_model=reward_model,
@@ -79,7 +93,9 @@ def compose_ablation(
         board=board,
         seeds=tuple(sorted({cell.seed for cell in cells})),
         against=against,
-        cells=summarise_cells(cells, against=against),
+        cells=summaries,
+        best=best.cell if best else None,
+        runner_up=_runner_up(cells, recipes, best.cell) if best else None,
         measures=(
             *(measure for measure in MEASURES if measure.name in names),
             *(Measure(name=name, label=name, digits=3, better=1) for name in further),

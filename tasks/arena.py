@@ -23,6 +23,7 @@ from charm_core.leaderboards import (
 )
 from charm_core.raw_battles import BattleTable
 from charm_core.tables import BATTLES, RATINGS
+from tasks.addresses import SECRETLESS_SCHEMA, check_secretless
 from tasks.caching import current_store, step
 from tasks.ratings.fetching import FetchConfig
 from tasks.ratings.reading import read_boards
@@ -46,7 +47,8 @@ class ArenaConfig(BaseModel):
         default="",
         description="Path or https address of a leaderboard (arena-catalog JSON, CSV mirror, JSON with a meta block, a table of "
         "many snapshots, one with policy_model and rating, or raw votes); or the official dataset: its hub id, "
-        "lmarena-ai/leaderboard-dataset, or a folder with its files.",
+        "lmarena-ai/leaderboard-dataset, or a folder with its files. A login or key is named in braces: ?token={BOARD_TOKEN}.",
+        json_schema_extra=SECRETLESS_SCHEMA,
     )
     snapshot: str | None = Field(
         default=None,
@@ -69,7 +71,9 @@ class ArenaConfig(BaseModel):
         description="Who published the board: chooses it where several did on one date, and names a file that does not say.",
     )
     revision: str | None = Field(default=None, description="Hub dataset: branch, tag or commit; default: main.")
-    hub_endpoint: str = Field(default=HUB, description="Hub dataset: address of the hub.")
+    hub_endpoint: str = Field(
+        default=HUB, description="Hub dataset: address of the hub.", json_schema_extra=SECRETLESS_SCHEMA
+    )
     licence: str = Field(default="", description="Licence of the ratings, shown with the results.")
     attribution: str = Field(default="", description="Whom to name as their source.")
     battles: BattleTable = Field(default=BattleTable(), description="Raw votes only: what the table looks like.")
@@ -88,6 +92,13 @@ class ArenaConfig(BaseModel):
             raise ValueError("give a source or a snapshot, and only one of them")
         if self.snapshot is not None and self.date is not None:
             raise ValueError("a snapshot says which date it is of; leave date out")
+        return self
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        check_secretless(self.source, "source")
+        check_secretless(self.hub_endpoint, "hub_endpoint")
+        check_secretless(self.battles.responses or "", "battles.responses")
         return self
 
     def identity(self) -> dict[str, Any]:

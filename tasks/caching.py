@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from prefect import Task
@@ -26,6 +27,8 @@ from pydantic import BaseModel, TypeAdapter
 
 from charm_core.errors import ArtifactError, ConfigError
 from tasks.ledger import StepCall, note_call
+from tasks.locks import held_alone
+from tasks.progress import step_line
 from tasks.store import ArtifactRef, ArtifactStore
 
 logger = logging.getLogger(__name__)
@@ -141,6 +144,13 @@ def _is_reusable(store: ArtifactStore, key: str, kind: TypeAdapter[Any]) -> bool
     return True
 
 
+def _alone(store: ArtifactStore, key: str) -> contextlib.AbstractContextManager[None]:
+    """Nobody else on this machine runs this step on these inputs meanwhile; of two runs at once one takes the other's results."""
+    return held_alone(
+        Path(store.work_folder, "locks", f"{key}.lock"), f"another run is at the step {key}; waiting for it"
+    )
+
+
 def _references(value: Any) -> Iterator[ArtifactRef]:
     if isinstance(value, ArtifactRef):
         yield value
@@ -205,14 +215,22 @@ class Step(Generic[P, R]):
         store = _store.get()
         inputs = self._inputs(*args, **kwargs)
         key = content_key(self.name, self.version, inputs)
-        reused = _is_reusable(store, key, self._kind)
-        bound = self._task.with_options(cache_policy=ContentPolicy(content_key=key))
-        # with_options accepts only blocks that are saved on a server; a worker without that server must work too
-        bound.result_storage = StepRecords(store=store, key=key)
-        result = self._kind.validate_python(bound(store, *args, **kwargs))
+        with contextlib.ExitStack() as held:
+            reused = _is_reusable(store, key, self._kind)
+            if not reused:
+                held.enter_context(_alone(store, key))
+                reused = _is_reusable(store, key, self._kind)  # another run may have done it just now
+                held.enter_context(step_line(self.name))
+            result = self._run(store, key, *args, **kwargs)
         outputs = tuple(ref.digest for ref in _references(result))
         note_call(StepCall(step=self.name, key=key, reused=reused, inputs=identities(inputs), outputs=outputs))
         return result
+
+    def _run(self, store: ArtifactStore, key: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        bound = self._task.with_options(cache_policy=ContentPolicy(content_key=key))
+        # with_options accepts only blocks that are saved on a server; a worker without that server must work too
+        bound.result_storage = StepRecords(store=store, key=key)
+        return self._kind.validate_python(bound(store, *args, **kwargs))
 
     def _plain(self, function: Callable[Concatenate[ArtifactStore, P], R]) -> Callable[..., Any]:
         """The function with a result that JSON holds: nothing is unpickled, and a cached result equals a fresh one."""

@@ -84,7 +84,7 @@ class ReportParts(_Part):
     benchmarks: tuple[ArtifactRef, ...] = ()
     responses: tuple[PolicyModelResponses, ...] = ()
     truth: ArtifactRef | None = None
-    best_of_n: ArtifactRef | None = None
+    best_of_n: tuple[ArtifactRef, ...] = ()
     repeated_scores: ArtifactRef | None = None
     gate: GateConfig | None = None
     warnings: tuple[str, ...] = ()
@@ -116,7 +116,7 @@ def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
         benchmarks=tuple(row for one in benchmarks for row in one.rows),
         reliability=tuple(row for one in benchmarks for row in one.reliability),
         truth=store.read_record(parts.truth, TruthReport) if parts.truth else None,
-        best_of_n=store.read_record(parts.best_of_n, BestOfNReport) if parts.best_of_n else None,
+        best_of_n=tuple(store.read_record(ref, BestOfNReport) for ref in parts.best_of_n),
         repeated_scores=store.read_record(parts.repeated_scores, RepeatedScores) if parts.repeated_scores else None,
         provenance=parts.provenance,
     )

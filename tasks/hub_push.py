@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from charm_core.errors import ConfigError, ServiceError
 from tasks.model_registry import Move, RegisteredModel
 from tasks.registry import GATE_TAG, released_ref
-from tasks.secrets import secret
+from tasks.secrets import SECRET_NAME_SCHEMA, check_secret_name, secret
 from tasks.store import MANIFEST, ArtifactStore, file_digest
 
 CARD = "README.md"
@@ -34,12 +34,21 @@ class HubConfig(BaseModel):
     branch: str = Field(default="main", min_length=1, description="Branch that gets the commit.")
     private: bool = Field(default=True, description="A repository that does not exist yet is made private.")
     dry_run: bool = Field(default=True, description="Only say what would be pushed: nothing is sent.")
-    token: str = Field(default="HF_TOKEN", description="Name of the secret that allows to write.")
+    token: str = Field(
+        default="HF_TOKEN",
+        description="Name of the secret that allows to write; not the token.",
+        json_schema_extra=SECRET_NAME_SCHEMA,
+    )
     endpoint: str | None = Field(
         default=None,
         pattern=r"^(https://|http://(127\.0\.0\.1|localhost)[:/])",
         description="Address of another hub than huggingface.co; https, because the token goes there.",
     )
+
+    @model_validator(mode="after")
+    def _token_is_named(self) -> Self:
+        check_secret_name(self.token, "token")
+        return self
 
 
 class PushedFile(BaseModel):

@@ -11,10 +11,10 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TextIO
 
 import filelock
 
@@ -40,8 +40,10 @@ from charm_core.reward_model.workdir import (
     make_folder,
     read_curve,
     rewind,
+    write_text,
 )
 from charm_core.reward_model.worker import PROGRESS, identify
+from tasks.device_turns import device_turn
 from tasks.process_trees import lines_of, process_tree
 
 logger = logging.getLogger(__name__)
@@ -91,17 +93,11 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
         if outcome is None:
             rewind(job.work_dir)
             launch = job.work_dir / LAUNCH
-            launch.write_text(Launch(training=job, parent=identify(os.getpid())).model_dump_json())
+            write_text(launch, Launch(training=job, parent=identify(os.getpid())).model_dump_json())
             curve = _CurveReader(job.work_dir / CURVE, on_step)
-            with (job.work_dir / LOG).open("a", encoding="utf-8") as log_file:
-                _run(
-                    _training_command(launch, job.config),
-                    _environment(job.config),
-                    launch.parent,
-                    log_file,
-                    log,
-                    curve.poll,
-                )
+            with _kept(job.work_dir / LOG, log) as keep:
+                command, environment = _training_command(launch, job.config), _environment(job.config)
+                _run(command, environment, launch.parent, keep, curve.poll, gpus=rank_count(job.config))
             curve.poll()
             outcome = finished_outcome(job)
             if outcome is None:
@@ -136,8 +132,8 @@ def run_scoring(
 
     with TemporaryDirectory(prefix="charm-scoring-") as folder:
         launch = Path(folder) / LAUNCH
-        launch.write_text(Launch(scoring=job, parent=identify(os.getpid())).model_dump_json())
-        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, None, line, lambda: None)
+        write_text(launch, Launch(scoring=job, parent=identify(os.getpid())).model_dump_json())
+        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, line, lambda: None)
     return ScoringSummary.model_validate_json(job.scores_path.with_suffix(".json").read_text())
 
 
@@ -153,14 +149,14 @@ def run_preflight(job: PreflightJob) -> PreflightReport:
     """
     with TemporaryDirectory(prefix="charm-preflight-") as folder:
         launch = Path(folder) / LAUNCH
-        launch.write_text(Launch(preflight=job, parent=identify(os.getpid())).model_dump_json())
+        write_text(launch, Launch(preflight=job, parent=identify(os.getpid())).model_dump_json())
         _run(
             [sys.executable, "-m", WORKER, str(launch)],
             _environment(None, allocator={}),
             launch.parent,
             None,
-            None,
             lambda: None,
+            gpus=0,
         )
     return PreflightReport.model_validate_json(job.report_path.read_text())
 
@@ -180,8 +176,8 @@ def run_generation(job: GenerationJob, poll: Callable[[], None], log: OnLine | N
     """
     with TemporaryDirectory(prefix="charm-generation-") as folder:
         launch = Path(folder) / LAUNCH
-        launch.write_text(Launch(generation=job, parent=identify(os.getpid())).model_dump_json())
-        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, None, log, poll)
+        write_text(launch, Launch(generation=job, parent=identify(os.getpid())).model_dump_json())
+        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, log, poll)
 
 
 def run_post_training(job: PostTrainingJob, log: OnLine | None = None) -> PostTrainingOutcome:
@@ -198,9 +194,9 @@ def run_post_training(job: PostTrainingJob, log: OnLine | None = None) -> PostTr
     """
     with TemporaryDirectory(prefix="charm-post-training-") as folder:
         launch = Path(folder) / LAUNCH
-        launch.write_text(Launch(post_training=job, parent=identify(os.getpid())).model_dump_json())
+        write_text(launch, Launch(post_training=job, parent=identify(os.getpid())).model_dump_json())
         command, environment = _training_command(launch, job.config), _environment(job.config)
-        _run(command, environment, launch.parent, None, log, lambda: None)
+        _run(command, environment, launch.parent, log, lambda: None, gpus=rank_count(job.config))
     return PostTrainingOutcome.model_validate_json(job.outcome_path.read_text())
 
 
@@ -213,8 +209,8 @@ def run_tiny_policy(job: TinyPolicyJob, log: OnLine | None = None) -> None:
     """
     with TemporaryDirectory(prefix="charm-tiny-policy-") as folder:
         launch = Path(folder) / LAUNCH
-        launch.write_text(Launch(tiny_policy=job, parent=identify(os.getpid())).model_dump_json())
-        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, None, log, lambda: None)
+        write_text(launch, Launch(tiny_policy=job, parent=identify(os.getpid())).model_dump_json())
+        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, log, lambda: None)
 
 
 def rank_count(config: TrainingConfig | PostTrainingConfig) -> int:
@@ -272,17 +268,26 @@ def _run(
     command: list[str],
     environment: dict[str, str],
     folder: Path,
-    log_file: TextIO | None,
     log: OnLine | None,
     poll: Callable[[], None],
+    *,
+    gpus: int = 1,
 ) -> None:
-    """Run a worker to its end, passing on its output and calling ``poll`` now and then.
+    """Run a worker to its end, passing on its output and calling ``poll`` now and then; waits for its turn first.
+
+    Args:
+        command: What to start.
+        environment: With what.
+        folder: Where it leaves the reason of a failure.
+        log: Called with every line of its output.
+        poll: Called about ten times a second.
+        gpus: How many of the first GPUs it uses, where there are GPUs; 0: it computes nothing.
 
     Raises:
         CharmError: It failed; which one, the worker's own report or the way it ended says.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
-    with process_tree(command, environment) as process:
+    with _turn(gpus), process_tree(command, environment) as process:
         lines = lines_of(process)
         while True:
             try:
@@ -293,15 +298,39 @@ def _run(
             if line is None:
                 break
             tail.append(line)
-            if log_file is not None:
-                log_file.write(line + "\n")
-                log_file.flush()
             if log is not None:
                 log(line)
             poll()
         status = process.wait()
     if status != 0:
         raise _failure(status, folder, list(tail))
+
+
+@contextmanager
+def _kept(path: Path, log: OnLine | None) -> Iterator[OnLine]:
+    """Append every line to a file, and pass it on."""
+
+    def keep(line: str) -> None:
+        try:
+            file.write(f"{line}\n".encode())
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        if log is not None:
+            log(line)
+
+    try:
+        file = path.open("ab", buffering=0)  # a full disk is met at the line, and not once more when the file is closed
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    with file:
+        yield keep
+
+
+def _unwritable(path: Path, error: OSError) -> errors.ArtifactError:
+    return errors.ArtifactError(
+        f"{path} cannot be written: {error.strerror or error}; free space, then run again: finished steps are kept, and the "
+        f"training goes on from its last checkpoint"
+    )
 
 
 class _CurveReader:
@@ -335,8 +364,8 @@ def _failure(status: int, folder: Path, tail: list[str]) -> errors.CharmError:
     lost = signals - {signal.SIGTERM} or (signals if not failure else set())
     if lost:
         return WorkerLostError(
-            f"a worker process was ended by signal {min(lost)} (9 is often the system, out of memory); run again to go on from "
-            f"the last checkpoint\nThe end of its log:\n{log}"
+            f"a worker process was ended by signal {min(lost)} (9 is often the system, out of memory); run again: finished "
+            f"steps are kept, and a training goes on from its last checkpoint\nThe end of its log:\n{log}"
         )
     if failure:
         return TrainingError(f"the worker failed unexpectedly:\n{failure.message}")
@@ -352,3 +381,10 @@ def _gpu_count() -> int:
     from charm_core.reward_model.devices import gpu_count
 
     return gpu_count()
+
+
+def _turn(gpus: int) -> AbstractContextManager[None]:
+    """Hold what a worker computes on: two runs at once would both run out of its memory."""
+    from charm_core.reward_model.devices import gpu_ids
+
+    return device_turn(gpu_ids()[:gpus]) if gpus else nullcontext()

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from charm_core.responses import ColumnNames
 from charm_core.sampling import Decoding
+from tasks.addresses import SECRETLESS_SCHEMA
+from tasks.secrets import SECRET_NAME_SCHEMA, check_secret_name
 
 
 class _Settings(BaseModel):
@@ -17,11 +19,15 @@ class _Settings(BaseModel):
 class Endpoint(_Settings):
     """A server that speaks the OpenAI protocol: vLLM, SGLang, a hosted one."""
 
-    base_url: str = Field(description="Address up to and including /v1, for example http://127.0.0.1:8000/v1.")
+    base_url: str = Field(
+        description="Address up to and including /v1, for example http://127.0.0.1:8000/v1.",
+        json_schema_extra=SECRETLESS_SCHEMA,
+    )
     model: str = Field(description="Name of the model at that server.")
     api_key: str | None = Field(
         default=None,
         description="Name of the secret that holds the key (environment variable or Prefect block); not the key.",
+        json_schema_extra=SECRET_NAME_SCHEMA,
     )
     deployment: str | None = Field(
         default=None,
@@ -34,6 +40,12 @@ class Endpoint(_Settings):
     insecure: bool = Field(
         default=False, description="Send the key over plain http to a host that is not in your network."
     )
+
+    @model_validator(mode="after")
+    def _key_is_named(self) -> Self:
+        if self.api_key is not None:
+            check_secret_name(self.api_key, "api_key")
+        return self
 
     @model_validator(mode="after")
     def _address_is_safe(self) -> Self:

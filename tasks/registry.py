@@ -21,7 +21,7 @@ from tasks.promotion import AFTER, judge_report, verdict_markdown
 from tasks.publishing import publish_markdown
 from tasks.scoring import RewardModelRef
 from tasks.store import MANIFEST, ArtifactRef, ArtifactStore
-from tasks.tracking import TrackedRun, register_version
+from tasks.tracking import TrackedRun, register_version, registered_version
 
 EVIDENCE_TAG = "evidence"
 RELEASED_TAG = "released"
@@ -79,6 +79,9 @@ def register_model(run: TrackedRun, store: ArtifactStore, name: str, released: A
     Returns:
         Its URI in the registry, such as ``models:/charm-demo/3``.
     """
+    known = registered_version(run, name, released.digest)
+    if known is not None:  # some gigabytes need not be read, checked and copied again
+        return f"models:/{name}/{known}"
     with store.local_folder(released) as folder:
         source = run.log_folder(folder, "model")
     tags = {

@@ -155,7 +155,7 @@ def score_remotely(responses: ResponseSet, config: RemoteScorerConfig) -> Remote
     rendering = identify_reward_model(config.reward_model) if config.reward_model else None
     scorer = RemoteScorer(config=config, rendering=rendering)
     shards: list[ScoredShard] = []
-    with report_progress("scoring") as progress:
+    with report_progress("scoring", "texts") as progress:
         for shard in cut_responses(responses, config.shard_prompts):
             shards.append(score_shard(shard, scorer))
             _check_refused(shards, responses, config)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
 from pydantic import BaseModel, ConfigDict, Field
 
-from charm_core.errors import ConfigError, ModelError
+from charm_core.errors import ConfigError, ModelError, WorkerLostError
 from charm_core.responses import ColumnNames, ingest_preferences, ingest_scores, ingest_win_rates
 from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
 from charm_core.reward_model.spec import RewardModelSpec
@@ -151,7 +153,12 @@ def _identify(role: str, path: str, revision: str | None) -> tuple[str, str]:
     return path, f"hub:{path}@{revision}"
 
 
-@step(version=1)
+def worker_was_lost(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Only a process that was killed from outside is worth another try; a training goes on from its last checkpoint."""
+    return isinstance(state.result(raise_on_failure=False), WorkerLostError)
+
+
+@step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
 def score_responses(store: ArtifactStore, model: RewardModelRef, responses: ResponseSet) -> Scored:
     """Score responses in a process of their own."""
     with tempfile.TemporaryDirectory(prefix="charm-scoring-") as folder, model.local_spec(store) as spec:
@@ -163,7 +170,7 @@ def score_responses(store: ArtifactStore, model: RewardModelRef, responses: Resp
         )
         store.read_table(responses.prompts, PROMPTS).write_parquet(job.prompts_path)
         store.read_table(responses.responses, RESPONSES).write_parquet(job.responses_path)
-        with report_progress("scoring") as progress:
+        with report_progress("scoring", "texts") as progress:
             summary = run_scoring(job, progress)
         return Scored(scores=store.write_table(pl.read_parquet(job.scores_path), SCORES), summary=summary)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from charm_core.reward_model.jobs import ScoringJob
 from charm_core.tables import PROMPTS, RESPONSES, SCORES, TableSchema, validate
 from tasks.caching import step
 from tasks.launching import run_scoring
+from tasks.progress import Progress
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
 from tasks.scoring import RewardModelRef
@@ -38,9 +39,6 @@ TEXT_SCORES = TableSchema(
 
 TEXTS_PER_PROCESS = 20_000
 """What a killed run loses at most. Each process loads the reward model, so fewer would cost."""
-
-Progress = Callable[[int, int], None]
-"""Called with (texts scored, texts to score)."""
 
 _KEPT_VERSION = 1
 _REFS = TypeAdapter(tuple[ArtifactRef, ...])
@@ -107,7 +105,7 @@ def _score_missing(store: ArtifactStore, model: RewardModelRef, missing: pl.Data
     parts = [pl.DataFrame(schema=dict(TEXT_SCORES.columns))]
     if missing.is_empty():
         return parts[0]
-    with report_progress("scoring texts") as progress:
+    with report_progress("scoring texts", "texts") as progress:
         for start in range(0, missing.height, TEXTS_PER_PROCESS):
             so_far = partial(_report, progress, start, missing.height)
             part = _score(store, model, missing[start : start + TEXTS_PER_PROCESS], so_far)

@@ -8,10 +8,8 @@ Metrics are logged by flows from returned values, so that they are there on a fu
 import contextlib
 import logging
 import numbers
-import os
 import platform
 import re
-import socket
 import sqlite3
 import subprocess
 import time
@@ -23,22 +21,27 @@ from typing import Any
 
 import httpx
 import polars as pl
-import psutil
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ServiceError
+from tasks.addresses import shown_address
+from tasks.process_identity import has_ended, process_identity
 from tasks.store import ArtifactRef
 
 logger = logging.getLogger(__name__)
 
 _SQLITE = "sqlite:///"
+_REVISION = Path(__file__).resolve().parent.parent / "REVISION"
+_LOCAL_PAGES = "http://127.0.0.1:5000"
 _PARAM_BATCH = 100
 _METRIC_BATCH = 1000
 _PARAM_LENGTH = 6000
 _NAME_LENGTH = 250
-_CLOCK_SLACK = 5.0
-_PROCESS_TAG = "charm.process"
+PROCESS_TAG = "charm.process"
+"""Which process a run belongs to."""
+TITLE_TAG = "charm.title"
+"""What runs of the same flow and name have in common; their names in MLflow also say what they found."""
 _RECORDED_PACKAGES = ("charm-rm", "torch", "transformers", "deepspeed", "polars", "numpy", "scipy", "prefect", "mlflow")
 
 
@@ -54,7 +57,21 @@ class TrackingSettings(BaseModel):
         default=None, description="Folder or URL for artifacts of a new experiment; the server's choice if not given."
     )
     experiment: str = Field(default="charm", description="MLflow experiment.")
-    ui_url: str = Field(default="http://127.0.0.1:5000", description="Where people open the MLflow pages.")
+    ui_url: str | None = Field(
+        default=None,
+        description="Where people open the MLflow pages; default: the server's URL, http://127.0.0.1:5000 if there is none.",
+    )
+
+    @property
+    def shown_uri(self) -> str:
+        """The URI without a login, for messages."""
+        return shown_address(self.uri)
+
+    @property
+    def pages(self) -> str:
+        """Where the MLflow pages are opened."""
+        server = self.shown_uri if self.uri.startswith("http") else None
+        return (self.ui_url or server or _LOCAL_PAGES).rstrip("/")
 
 
 _current: ContextVar["TrackedRun | None"] = ContextVar("charm_tracked_run", default=None)
@@ -73,8 +90,7 @@ class TrackedRun:
     @property
     def url(self) -> str:
         """Page of this run."""
-        base = self._settings.uri if self._settings.uri.startswith("http") else self._settings.ui_url
-        return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{self._settings.pages}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log a nested configuration, flattened to dotted names."""
@@ -101,6 +117,29 @@ class TrackedRun:
         ]
         for start in range(0, len(points), _METRIC_BATCH):
             self._client.log_batch(self.run_id, metrics=points[start : start + _METRIC_BATCH])
+
+    def show_curve(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """As ``log_curve``, for what is only watched: a server that is away is no reason to end a training.
+
+        Returns:
+            Whether it was logged.
+        """
+        try:
+            self.log_curve(rows)
+        except _mlflow_error() as error:
+            logger.warning(
+                "MLflow at %s does not take the curve; training goes on without: %s", self._settings.shown_uri, error
+            )
+            return False
+        return True
+
+    def show(self, name: str, description: str) -> None:
+        """Name the run and describe it in Markdown, for people: a server that does not take it is no reason to fail."""
+        try:
+            self._client.update_run(self.run_id, name=name)
+            self._client.set_tag(self.run_id, "mlflow.note.content", description)
+        except _mlflow_error() as error:
+            logger.warning("MLflow at %s does not take the name of this run: %s", self._settings.shown_uri, error)
 
     def log_text(self, text: str, name: str) -> None:
         """Log a text file as an artifact of the run."""
@@ -166,18 +205,29 @@ def tracked_run(settings: TrackingSettings, name: str, *, tags: Mapping[str, str
             experiment_id = _experiment(client, settings)
         _close_abandoned_runs(client, experiment_id)
     except _mlflow_error() as error:
-        raise ServiceError(f"MLflow at {settings.uri} cannot be used: {error}") from error
-    with _open_run(settings, client, experiment_id, name, {**_origin(), **tags}) as run:
-        token = _current.set(run)
-        try:
-            yield run
-        finally:
-            _current.reset(token)
+        raise ServiceError(f"MLflow at {settings.shown_uri} cannot be used: {error}") from error
+    try:
+        with _open_run(settings, client, experiment_id, name, {**_origin(), **tags}) as run:
+            token = _current.set(run)
+            try:
+                yield run
+            finally:
+                _current.reset(token)
+    except _mlflow_error() as error:
+        raise ServiceError(
+            f"MLflow at {settings.shown_uri} did not take what this run had to say ({error}); finished steps are kept: see that it "
+            f"answers and run again"
+        ) from error
 
 
 def current_run() -> TrackedRun | None:
     """The run that ``tracked_run`` has open, if any: for the live training curve and nothing else."""
     return _current.get()
+
+
+def is_empty(settings: TrackingSettings) -> bool:
+    """Whether no run has ever been remembered there; known without asking only of a SQLite file."""
+    return settings.uri.startswith(_SQLITE) and not Path(settings.uri.removeprefix(_SQLITE)).exists()
 
 
 def check_tracking(settings: TrackingSettings) -> None:
@@ -194,8 +244,13 @@ def check_tracking(settings: TrackingSettings) -> None:
         httpx.get(f"{settings.uri.rstrip('/')}/health", timeout=10).raise_for_status()
     except httpx.HTTPError as error:
         raise ServiceError(
-            f"the MLflow server at {settings.uri} does not answer ({error}); start it or unset CHARM_TRACKING_URI"
+            f"the MLflow server at {settings.shown_uri} does not answer ({error}); start it or unset CHARM_TRACKING_URI"
         ) from None
+
+
+def registered_version(run: TrackedRun, model_name: str, digest: str) -> str | None:
+    """The version of a registered model that has this content already, if there is one."""
+    return min(_versions_of(run._client, model_name, digest), key=int, default=None)
 
 
 def register_version(run: TrackedRun, model_name: str, source: str, tags: Mapping[str, str]) -> str:
@@ -211,16 +266,18 @@ def register_version(run: TrackedRun, model_name: str, source: str, tags: Mappin
         The version, new or the one that has the same digest already.
     """
     client = run._client
-    versions = {
-        version.tags.get("digest"): version.version
-        for version in client.search_model_versions(f"name = '{model_name}'")
-    }
-    if tags["digest"] in versions:
-        return str(versions[tags["digest"]])
+    known = _versions_of(client, model_name, tags["digest"])
+    if known:
+        return min(known, key=int)
     with contextlib.suppress(_mlflow_error()):  # it exists already
         client.create_registered_model(model_name)
     location = client.get_run(run.run_id).info.artifact_uri + "/" + source.removeprefix(f"runs:/{run.run_id}/")
-    return str(client.create_model_version(model_name, location, run_id=run.run_id, tags=dict(tags)).version)
+    created = str(client.create_model_version(model_name, location, run_id=run.run_id, tags=dict(tags)).version)
+    # another run may have done the same in the meantime: both then see both, and the first one stays
+    first = min(int(version) for version in _versions_of(client, model_name, tags["digest"]))
+    if int(created) != first:
+        client.delete_model_version(model_name, created)
+    return str(first)
 
 
 @contextlib.contextmanager
@@ -235,7 +292,7 @@ def open_registry(settings: TrackingSettings) -> Iterator[Any]:
         with _creation_lock(settings):
             yield _client(settings)
     except _mlflow_error() as error:
-        raise ServiceError(f"the MLflow model registry at {settings.uri} cannot be used: {error}") from error
+        raise ServiceError(f"the MLflow model registry at {settings.shown_uri} cannot be used: {error}") from error
 
 
 def package_versions() -> dict[str, str]:
@@ -248,7 +305,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Commit of the checkout, with '+changes' if it has uncommitted ones; 'unknown' outside of one."""
+    """Commit of the checkout, with '+changes' if it has uncommitted ones; of an image what its build noted, or 'unknown'."""
     folder = Path(__file__).parent
     try:
         head = subprocess.run(
@@ -268,7 +325,7 @@ def git_revision() -> str:
             timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return _REVISION.read_text(encoding="utf-8").strip() if _REVISION.exists() else "unknown"
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
@@ -281,22 +338,35 @@ def _open_run(
     tags: Mapping[str, str],
     parent: str | None = None,
 ) -> Iterator[TrackedRun]:
-    own_tags = {**tags, _PROCESS_TAG: _process_identity(), **({"mlflow.parentRunId": parent} if parent else {})}
+    own_tags = {**tags, PROCESS_TAG: process_identity(), **({"mlflow.parentRunId": parent} if parent else {})}
     run_id = client.create_run(experiment_id, run_name=name, tags=own_tags).info.run_id
     try:
         yield TrackedRun(client, run_id, experiment_id, settings)
     except BaseException as error:
         # what is no Exception: Ctrl-C, cancelled by Prefect, told to exit
-        _close_after_error(client, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        _close_if_possible(settings, client, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    client.set_terminated(run_id, "FINISHED")
+    if parent:
+        _close_if_possible(settings, client, run_id, "FINISHED")  # it shows a part of a run, which goes on
+    else:
+        client.set_terminated(run_id, "FINISHED")
 
 
-def _close_after_error(client: Any, run_id: str, status: str) -> None:
+def _close_if_possible(settings: TrackingSettings, client: Any, run_id: str, status: str) -> None:
+    """Close a run; if that fails it must not hide the error that ended the run, and the next run closes it."""
     try:
+        check_tracking(settings)  # the client would try a server that is gone again and again, for minutes
         client.set_terminated(run_id, status)
-    except _mlflow_error():  # must not hide the error that ended the run
-        logger.exception("MLflow run %s could not be closed as %s", run_id, status)
+    except (ServiceError, _mlflow_error()) as error:
+        logger.warning("MLflow run %s could not be closed as %s; the next run does that: %s", run_id, status, error)
+
+
+def _versions_of(client: Any, model_name: str, digest: str) -> list[str]:
+    return [
+        str(version.version)
+        for version in client.search_model_versions(f"name = '{model_name}'")
+        if version.tags.get("digest") == digest
+    ]
 
 
 def _client(settings: TrackingSettings) -> Any:
@@ -355,26 +425,9 @@ def _mlflow_error() -> type[Exception]:
 def _close_abandoned_runs(client: Any, experiment_id: str) -> None:
     """Close runs whose process was killed on this machine: nobody else ever will."""
     for run in client.search_runs([experiment_id], filter_string="attributes.status = 'RUNNING'"):
-        host, _, process = run.data.tags.get(_PROCESS_TAG, "").partition("/")
-        if host != socket.gethostname() or _is_alive(process):
-            continue
-        client.set_tag(run.info.run_id, "charm.closed", "its process ended without closing it")
-        client.set_terminated(run.info.run_id, "FAILED")
-
-
-def _process_identity() -> str:
-    return f"{socket.gethostname()}/{os.getpid()}:{psutil.Process().create_time():.2f}"
-
-
-def _is_alive(process: str) -> bool:
-    pid, _, started = process.partition(":")
-    try:
-        found = psutil.Process(int(pid))
-        # the boot time that start times count from is corrected while the machine runs
-        same = abs(found.create_time() - float(started)) < _CLOCK_SLACK
-        return bool(same and found.status() != psutil.STATUS_ZOMBIE)
-    except (psutil.NoSuchProcess, ValueError):
-        return False
+        if has_ended(run.data.tags.get(PROCESS_TAG, "")):
+            client.set_tag(run.info.run_id, "charm.closed", "its process ended without closing it")
+            client.set_terminated(run.info.run_id, "FAILED")
 
 
 def _origin() -> dict[str, str]:

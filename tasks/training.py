@@ -1,29 +1,30 @@
 """Fine-tuning: pairs in, a reward model folder and its training curve out."""
 
 import contextlib
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefect.client.schemas.objects import State, TaskRun
-from prefect.tasks import Task
 from pydantic import BaseModel, ConfigDict, Field
 
-from charm_core.errors import WorkerLostError
 from charm_core.reward_model.jobs import TrainingJob, TrainingOutcome
 from charm_core.reward_model.spec import TrainingConfig
 from charm_core.reward_model.workdir import read_curve
 from charm_core.tables import PAIRS, RATINGS
 from tasks.caching import content_key, step
 from tasks.launching import run_training
-from tasks.publishing import run_logger
-from tasks.scoring import RewardModelRef
+from tasks.progress import Progress
+from tasks.publishing import report_progress, run_logger
+from tasks.scoring import RewardModelRef, worker_was_lost
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.tracking import TrackedRun, current_run
 
 _SECONDS_BETWEEN_POINTS = 2.0
+_STEP = re.compile(r"step (\d+) of (\d+): (loss [\d.]+)")
+"""How the training tells its steps; see ``charm_core.reward_model.training``."""
 
 
 class TrainingSummary(BaseModel):
@@ -66,12 +67,7 @@ class TrainedModel(BaseModel):
     summary: TrainingSummary
 
 
-def _worker_was_lost(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Only a process that was killed from outside is worth another try; it goes on from its last checkpoint."""
-    return isinstance(state.result(raise_on_failure=False), WorkerLostError)
-
-
-@step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=_worker_was_lost)
+@step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
 def train_reward_model(
     store: ArtifactStore,
     name: str,
@@ -105,9 +101,21 @@ def train_reward_model(
         store.read_table(pairs, PAIRS).write_parquet(job.pairs_path)
         if ratings is not None and job.ratings_path is not None:
             store.read_table(ratings, RATINGS).write_parquet(job.ratings_path)
-        with _live_curve(name) as on_step:
-            outcome = run_training(job, on_step, run_logger().info)
+        with _live_curve(name) as on_step, report_progress(f"training {name}", "steps") as progress:
+            outcome = run_training(job, on_step, _shown_steps(progress))
         return _stored(store, base, outcome, work)
+
+
+def _shown_steps(progress: Progress) -> Callable[[str], None]:
+    """What to do with a line of the training's log: keep it, and show how far it says that the training is."""
+    keep = run_logger().info
+
+    def line(text: str) -> None:
+        keep("%s", text)
+        if found := _STEP.search(text):
+            progress(int(found[1]), int(found[2]), found[3])
+
+    return line
 
 
 def ratings_for(config: TrainingConfig, ratings: ArtifactRef) -> ArtifactRef | None:
@@ -147,15 +155,17 @@ def _live_curve(name: str) -> Iterator[Any]:
         return
     with parent.nested(name) as run:
         waiting: list[dict[str, Any]] = []
-        last = time.monotonic()
+        last, shown = time.monotonic(), True
 
         def on_step(record: dict[str, Any]) -> None:
-            nonlocal last
+            nonlocal last, shown
             waiting.append(record)
-            if time.monotonic() - last > _SECONDS_BETWEEN_POINTS:
-                run.log_curve(waiting)
+            if shown and time.monotonic() - last > _SECONDS_BETWEEN_POINTS:
+                shown = run.show_curve(waiting)
                 waiting.clear()
                 last = time.monotonic()
 
         yield on_step
-        run.log_curve(waiting)
+        shown = shown and run.show_curve(waiting)
+    if not shown:
+        parent.nested_names.discard(name)  # it is logged as a whole when the training is done

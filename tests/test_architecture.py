@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("charm_core", "tasks", "flows")
 LIBRARY_IMPORTS = {"numpy", "scipy", "polars", "pydantic"}
 HEAVY = {"torch", "transformers", "deepspeed", "safetensors", "accelerate", "peft", "trl", "vllm"}
-SLOW = {"mlflow", "datasets", "huggingface_hub", "openai", "vllm", "peft", "trl"}
+SLOW = {"mlflow", "matplotlib", "datasets", "huggingface_hub", "openai", "vllm", "peft", "trl"}
 """Imported only where they are used: they take long, and the command line's help needs none of them."""
 READS_ENVIRONMENT = {"flows/settings.py"}
 MAY_USE_ENVIRONMENT = {

@@ -14,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
+import scipy
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.stats import binomtest
 
 from charm_core.agreement import mcnemar
 from charm_core.benchmarks.benchmark import Benchmark
@@ -134,7 +134,7 @@ def _exact_test(rows: pl.DataFrame) -> PairedTest:
         return PairedTest(name="McNemar", only_before=result.only_a, only_after=result.only_b, p_value=result.p_value)
     gains = rows.group_by("unit").agg(gain=pl.col("other").sum() - pl.col("credit").sum()).get_column("gain")
     lost, won = int((gains < 0).sum()), int((gains > 0).sum())
-    p_value = float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
+    p_value = float(scipy.stats.binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
     return PairedTest(name="sign", only_before=lost, only_after=won, p_value=p_value)
 
 

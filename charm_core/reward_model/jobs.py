@@ -95,7 +95,7 @@ class ProcessIdentity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pid: int
-    started: float = Field(description="Seconds since the epoch.")
+    started: float = Field(description="Seconds after the machine was started.")
 
 
 class Launch(BaseModel):

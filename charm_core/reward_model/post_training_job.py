@@ -1,7 +1,7 @@
 """How a policy model is post-trained, and what such a process is asked to do, as data: importable without torch."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -49,10 +49,12 @@ class PostTrainingConfig(BaseModel):
     zero_stage: int | None = Field(
         default=None, ge=0, le=3, description="DeepSpeed ZeRO stage; none: without DeepSpeed, in one process."
     )
-    ranks: int | Literal["auto"] = Field(
+    ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="Processes under DeepSpeed; auto: one per GPU, or 2 on a CPU with two cores."
     )
-    threads_per_rank: int | Literal["auto"] = Field(default="auto", description="CPU threads per process.")
+    threads_per_rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="CPU threads per process."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the adapter's first weights and of the order of the pairs.")
 
     @model_validator(mode="after")
@@ -63,10 +65,6 @@ class PostTrainingConfig(BaseModel):
             raise ValueError("lora_alpha and lora_targets need lora_rank: set it, or leave them out")
         if self.zero_stage is None and self.ranks not in (1, "auto"):
             raise ValueError(f"ranks={self.ranks} needs DeepSpeed: set zero_stage to 0, 1, 2 or 3")
-        for name in ("ranks", "threads_per_rank"):
-            value = getattr(self, name)
-            if value != "auto" and value < 1:
-                raise ValueError(f"{name} must be at least 1 or 'auto', not {value}")
         return self
 
 

@@ -4,7 +4,7 @@ Fields carry their own description, which is also the command line's help and th
 """
 
 from collections.abc import Collection
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -148,7 +148,9 @@ class TrainingConfig(BaseModel):
     weight_decay: float = Field(
         default=0.001, ge=0, description="AdamW weight decay of matrices; vectors (biases, norms) get none."
     )
-    adam_betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's decay rates of the two moments.")
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="AdamW's decay rates of the two moments."
+    )
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this global norm.")
     pairs_per_step: int = Field(
         default=64,
@@ -214,11 +216,11 @@ class TrainingConfig(BaseModel):
         le=3,
         description="DeepSpeed ZeRO stage; none: plain PyTorch in one process, without DeepSpeed.",
     )
-    ranks: int | Literal["auto"] = Field(
+    ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="Processes; auto: one per GPU, or 2 on a CPU with at least two cores. Plain training uses 1.",
     )
-    threads_per_rank: int | Literal["auto"] = Field(
+    threads_per_rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="CPU threads per process; auto: the cores shared evenly."
     )
     evaluate_every_steps: int | None = Field(
@@ -238,8 +240,4 @@ class TrainingConfig(BaseModel):
             )
         if self.zero_stage is None and self.ranks not in (1, "auto"):
             raise ValueError(f"ranks={self.ranks} needs DeepSpeed: set zero_stage to 0, 1, 2 or 3")
-        for name in ("ranks", "threads_per_rank"):
-            value = getattr(self, name)
-            if value != "auto" and value < 1:
-                raise ValueError(f"{name} must be at least 1 or 'auto', not {value}")
         return self

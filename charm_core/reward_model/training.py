@@ -30,9 +30,8 @@ from charm_core.reward_model.rendering import Rendered
 from charm_core.reward_model.saving import save_model
 from charm_core.reward_model.win_rates import WinRateTargets
 from charm_core.reward_model.workdir import (
-    CURVE,
+    append_curve,
     claim,
-    curve_line,
     finished_outcome,
     mark_finished,
     read_curve,
@@ -259,8 +258,7 @@ class _Trainer:
 
     def _record(self, record: CurveRecord) -> None:
         if self.rank.leads:
-            with (self.job.work_dir / CURVE).open("a", encoding="utf-8") as curve:
-                curve.write(curve_line(record))
+            append_curve(self.job.work_dir, record)
 
     def _checkpoint(self, step: int) -> None:
         kept = self.config.checkpoints_kept

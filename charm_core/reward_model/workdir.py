@@ -128,6 +128,20 @@ def rewind(work_dir: Path) -> int:
     return step
 
 
+def append_curve(work_dir: Path, record: CurveRecord) -> None:
+    """Add a record to the curve.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    file = work_dir / CURVE
+    try:
+        with file.open("a", encoding="utf-8") as curve:
+            curve.write(curve_line(record))
+    except OSError as error:
+        raise ArtifactError(f"the curve {file} cannot be written: {error}") from error
+
+
 def curve_line(record: CurveRecord) -> str:
     """One record as one line of JSON."""
     return json.dumps(record) + "\n"

@@ -82,17 +82,22 @@ def watch_parents(parent: ProcessIdentity | None) -> None:
 
 
 def identify(pid: int) -> ProcessIdentity:
-    """Number and start time of a running process."""
-    return ProcessIdentity(pid=pid, started=psutil.Process(pid).create_time())
+    """Number and start of a running process."""
+    return ProcessIdentity(pid=pid, started=_started(psutil.Process(pid)))
 
 
 def is_alive(process: ProcessIdentity) -> bool:
     """Whether it still runs; a zombie does not, nor does a later process with the same number."""
     try:
         found = psutil.Process(process.pid)
-        return bool(abs(found.create_time() - process.started) < 2 and found.status() != psutil.STATUS_ZOMBIE)
+        return bool(abs(_started(found) - process.started) < 2 and found.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(process: psutil.Process) -> float:
+    """Seconds after the machine was started: a clock that is put right or wrong changes when, but not that."""
+    return float(process.create_time() - psutil.boot_time())
 
 
 def _train(job: TrainingJob) -> None:

@@ -1,17 +1,14 @@
-"""How far sampling is: a bar per policy model where somebody looks at a terminal, a progress artifact in Prefect."""
+"""How far sampling is: a stage per policy model."""
 
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from tasks.answering.asking import Asking
 from tasks.policy_models import OpenAIBackend
+from tasks.progress import Progress
 from tasks.publishing import report_progress
-
-_REPORT_SECONDS = 10.0
 
 
 class SamplingProgress:
@@ -20,26 +17,13 @@ class SamplingProgress:
     def __init__(self, askings: Iterable[Asking]) -> None:
         self._askings = [asking for asking in askings if asking.missing]
         self._stack = ExitStack()
-        self._shown: dict[Asking, tuple[Any, Callable[[int, int], None]]] = {}
-        self._reported: dict[Asking, float] = {}
+        self._shown: dict[Asking, Progress] = {}
 
     def __enter__(self) -> Self:
-        """Open the bars and the artifacts."""
-        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
-
-        for position, asking in enumerate(self._askings):
-            bar = tqdm(
-                total=asking.missing,
-                desc=asking.model.name,
-                unit=" answers",
-                position=position,
-                file=sys.stderr,
-                disable=None,  # where nobody looks
-                mininterval=0.5,
-                dynamic_ncols=True,
-            )
-            report = self._stack.enter_context(report_progress(f"sampling {asking.model.name}"))
-            self._shown[asking] = (self._stack.enter_context(bar), report)
+        """Open the stages."""
+        for asking in self._askings:
+            stage = report_progress(f"sampling {asking.model.name}", "answers")
+            self._shown[asking] = self._stack.enter_context(stage)
         return self
 
     def __exit__(
@@ -50,13 +34,7 @@ class SamplingProgress:
 
     def update(self, asking: Asking) -> None:
         """One more answer has come."""
-        bar, report = self._shown[asking]
-        bar.set_postfix_str(rates(asking), refresh=False)
-        bar.update()
-        now = time.monotonic()
-        if now - self._reported.get(asking, -_REPORT_SECONDS) >= _REPORT_SECONDS:
-            self._reported[asking] = now
-            report(asking.asked, asking.missing)
+        self._shown[asking](asking.asked, asking.missing, rates(asking))
 
 
 def rates(asking: Asking) -> str:

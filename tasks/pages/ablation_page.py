@@ -35,6 +35,14 @@ MEASURES: tuple[Measure, ...] = (
 """Columns in order; a benchmark's figures come after them, under its own name."""
 
 
+class RunnerUp(Record):
+    """The second best trained recipe."""
+
+    cell: str
+    difference: Estimate
+    """By how much its mean |MD| is higher than that of the best, paired by seed."""
+
+
 class AblationPage(Record):
     """All numbers of the page."""
 
@@ -45,32 +53,45 @@ class AblationPage(Record):
     seeds: tuple[int, ...]
     against: str
     cells: tuple[CellSummary, ...]
+    best: str | None
+    """The best trained recipe; None if none is clearly better than ``against``."""
+    runner_up: RunnerUp | None
     measures: tuple[Measure, ...]
     skipped: tuple[str, ...] = ()
     provenance: Provenance
 
 
-def best_cell(page: AblationPage) -> CellSummary | None:
-    """The trained recipe whose mean |MD| is clearly below the control's and lowest; None if none is clearly below."""
-    clear = [cell for cell in page.cells if (difference := cell.against.get("mismatch")) and _below_zero(difference)]
-    trained = [cell for cell in clear if "pairs" in cell.means]
+def best_of(cells: Sequence[CellSummary], recipes: Sequence[str]) -> CellSummary | None:
+    """Of these recipes the trained one whose mean |MD| is clearly below the control's and lowest; None if none is clearly below."""
+    clear = [cell for cell in cells if (difference := cell.against.get("mismatch")) and _below_zero(difference)]
+    trained = [cell for cell in clear if "pairs" in cell.means and cell.cell in recipes]
     return min(trained, key=lambda cell: cell.means["mismatch"].value or 0.0, default=None)
 
 
 def ablation_answer(page: AblationPage) -> str:
-    """What came out, in a sentence."""
-    best = best_cell(page)
+    """What came out, in two sentences."""
     where = f"over {len(page.seeds)} seeds" if len(page.seeds) > 1 else "with one seed"
     control = next(cell for cell in page.cells if cell.cell == page.against)
     of = number(control.means["mismatch"].value, 3)
+    best = next((cell for cell in page.cells if cell.cell == page.best), None)
     if best is None:
         return f"No trained recipe is clearly better than the control ({page.against}, mean |MD| {of}) on held-out prompts {where}."
     difference = best.against["mismatch"]
     return (
         f"Of the trained recipes, {best.cell} has the lowest mean |MD| on held-out prompts {where}: "
         f"{number(best.means['mismatch'].value, 3)}, against {of} of the control "
-        f"(difference {number(difference.value, 3, signed=True)} {span(difference, 3, signed=True)})."
+        f"(difference {number(difference.value, 3, signed=True)} {span(difference, 3, signed=True)}). {_next(page)}".strip()
     )
+
+
+def _next(page: AblationPage) -> str:
+    second = page.runner_up
+    if second is None:
+        return ""
+    by = f"{number(second.difference.value, 3)} {span(second.difference, 3, signed=True)}"
+    if second.difference.low is not None and second.difference.low > 0:
+        return f"The next, {second.cell}, is worse by {by}."
+    return f"That it is better than the next, {second.cell}, is not shown: the difference is {by}."
 
 
 def ablation_text(page: AblationPage) -> str:

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from html import escape
 from io import BytesIO
 from itertools import product
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING
 
 from charm_core.records import Estimate
+
+if TYPE_CHECKING:  # matplotlib is imported where it draws: the command line's help must not wait for it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 WIDE = 912
 NARROW = 320
@@ -277,13 +276,13 @@ def curves(frame: Frame, panels: Sequence[Panel], labels: tuple[str, str]) -> st
                 zorder=4 if panel.variant == "control" else 3,
                 marker=_MARKERS[panel.variant] if len(panel.points) < 12 else None,
             )
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(_ticks(5, integer=True))
         axes.yaxis.set_major_locator(_ticks(6))
         _legend(sheet, [(panel.variant, panel.title) for panel in panels], 2)
         return _svg(sheet, frame)
 
 
-def _row_frame(axes: Axes, label: str, y: float, pitch: float, narrow: bool, shaded: bool) -> None:
+def _row_frame(axes: "Axes", label: str, y: float, pitch: float, narrow: bool, shaded: bool) -> None:
     if shaded:
         axes.axhspan(y, y + pitch, color=_BAND, linewidth=0, zorder=0)
     axes.axhline(y + pitch, color=_GRID, linewidth=0.8)
@@ -295,7 +294,7 @@ def _row_frame(axes: Axes, label: str, y: float, pitch: float, narrow: bool, sha
     )  # fmt: skip
 
 
-def _dots(axes: Axes, series: Series, heights: Mapping[str, float]) -> None:
+def _dots(axes: "Axes", series: Series, heights: Mapping[str, float]) -> None:
     known = {row: one for row, one in series.estimates.items() if row in heights and one.value is not None}
     y = [heights[row] for row in known]
     extents = [_extent(one.low, one.value, one.high) for one in known.values()]
@@ -307,20 +306,20 @@ def _dots(axes: Axes, series: Series, heights: Mapping[str, float]) -> None:
         _markers(axes, series.variant, places, hollow=hollow, size=6.5)
 
 
-def _markers(axes: Axes, variant: str, places: Sequence[tuple[float, float]], *, hollow: bool, size: float) -> None:
+def _markers(axes: "Axes", variant: str, places: Sequence[tuple[float, float]], *, hollow: bool, size: float) -> None:
     fill, edge = (_SURFACE if hollow else _colour(variant)), _colour(variant)
     x, y = [x for x, _ in places], [y for _, y in places]
     axes.plot(x, y, _MARKERS[variant], ms=size, mfc=fill, mec=edge, mew=1.4, zorder=4)
 
 
-def _box(axes: Axes, variant: str, y: float, quantiles: tuple[float, float, float, float, float]) -> None:
+def _box(axes: "Axes", variant: str, y: float, quantiles: tuple[float, float, float, float, float]) -> None:
     low, lower, median, upper, high = quantiles
     axes.plot([low, high], [y, y], color=_colour(variant), linewidth=1.4, zorder=3)
     axes.plot([lower, upper], [y, y], color=_colour(variant), linewidth=10, zorder=3)
     axes.plot([median, median], [y - 5, y + 5], color=_SURFACE, linewidth=2.4, zorder=4)
 
 
-def _points(axes: Axes, panel: Panel, width: float, height: float) -> None:
+def _points(axes: "Axes", panel: Panel, width: float, height: float) -> None:
     crowded = len(panel.points) > 150
     extents = {point: _extent(point.low, point.y, point.high) for point in panel.points}
     if not crowded:
@@ -332,7 +331,7 @@ def _points(axes: Axes, panel: Panel, width: float, height: float) -> None:
     _point_labels(axes, extents, width, height)
 
 
-def _point_labels(axes: Axes, extents: Mapping[Point, Sequence[float]], width: float, height: float) -> None:
+def _point_labels(axes: "Axes", extents: Mapping[Point, Sequence[float]], width: float, height: float) -> None:
     (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
     x_scale, y_scale = width / (x_high - x_low), height / (y_high - y_low)
     taken = []
@@ -371,11 +370,13 @@ def _free_spot(
     return None
 
 
-def _sheet(width: float, height: float) -> Figure:
+def _sheet(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")  # at 72 dpi a point is a pixel
 
 
-def _axes(sheet: Figure, left: float, top: float, width: float, height: float) -> Axes:
+def _axes(sheet: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
     """Axes at a place in pixels from the top left corner."""
     full_width, full_height = sheet.get_size_inches() * 72
     place = (left / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height)
@@ -384,18 +385,22 @@ def _axes(sheet: Figure, left: float, top: float, width: float, height: float) -
     return axes
 
 
-def _value_axis(axes: Axes, unit: str, ticks: int) -> None:
+def _value_axis(axes: "Axes", unit: str, ticks: int) -> None:
     axes.set_xlabel(unit)
     axes.margins(x=0.04)
     axes.xaxis.set_major_locator(_ticks(ticks))
 
 
-def _ticks(most: int) -> MaxNLocator:
-    return MaxNLocator(most, steps=[1, 2, 5, 10])
+def _ticks(most: int, *, integer: bool = False) -> "MaxNLocator":
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, integer=True) if integer else MaxNLocator(most, steps=[1, 2, 5, 10])
 
 
-def _legend(sheet: Figure, entries: Sequence[tuple[str, str]], columns: int) -> None:
+def _legend(sheet: "Figure", entries: Sequence[tuple[str, str]], columns: int) -> None:
     if len(entries) > 1:
+        from matplotlib.lines import Line2D
+
         handles = [
             Line2D(
                 [],
@@ -434,12 +439,16 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 @contextmanager
 def _style(frame: Frame) -> Iterator[None]:
+    import matplotlib
+
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": frame.name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser's fonts draw the text
         yield
 
 
-def _svg(sheet: Figure, frame: Frame) -> str:
+def _svg(sheet: "Figure", frame: Frame) -> str:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = BytesIO()
     FigureCanvasSVG(sheet).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue().decode()

@@ -254,7 +254,7 @@ class ReportData(Record):
     reliability: tuple[ReportReliability, ...] = ()
     responses: tuple[PolicyModelResponses, ...] = ()
     truth: TruthReport | None = None
-    best_of_n: BestOfNReport | None = None
+    best_of_n: tuple[BestOfNReport, ...] = ()
     repeated_scores: RepeatedScores | None = None
     verdict: Verdict | None = None
     """Of the promotion gate, without the rule that depends on who is champion."""

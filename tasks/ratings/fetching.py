@@ -23,6 +23,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from charm_core.errors import ConfigError, ServiceError
+from tasks.addresses import shown_address, with_secrets
 from tasks.store import file_digest
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,8 @@ class Fetched(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Path
-    url: str = Field(description="As it was asked for.")
-    final_url: str = Field(description="After redirects.")
+    url: str = Field(description="As it was asked for, with the names of secrets in it.")
+    final_url: str = Field(description="After redirects, without login and query.")
     digest: str = Field(description="SHA-256 of its bytes.")
     size: int = Field(description="Bytes.")
     etag: str | None = None
@@ -93,7 +94,7 @@ def fetch(url: str, config: FetchConfig, folder: Path, *, key: str | None = None
     """Fetch a file, or learn that the copy is current.
 
     Args:
-        url: Where it is.
+        url: Where it is; may name secrets in braces.
         config: Limits.
         folder: Where copies are kept, one per key.
         key: What the file is whatever its version; the address by default.
@@ -208,7 +209,7 @@ def _jitter(most: float) -> float:
 
 def _one_try(client: httpx.Client, url: str, config: FetchConfig, place: Path, copy: Fetched | None) -> Fetched:
     deadline = time.monotonic() + config.total_seconds
-    current = url
+    current = with_secrets(url)
     for _ in range(config.max_redirects + 1):
         with client.stream("GET", current, headers=_headers(copy)) as response:
             if response.status_code not in _REDIRECTS:
@@ -231,11 +232,13 @@ def _headers(copy: Fetched | None) -> dict[str, str]:
 
 def _check_redirect(current: str, target: str, config: FetchConfig) -> None:
     if urlsplit(current).scheme == "https" and urlsplit(target).scheme != "https":
-        raise ServiceError(f"{current} redirects to {target}, which is not encrypted; this is refused")
+        raise ServiceError(
+            f"{shown_address(current)} redirects to {shown_address(target)}, which is not encrypted; this is refused"
+        )
     try:
-        check_url(target, config)
+        check_url(shown_address(target), config)
     except ConfigError as error:
-        raise ServiceError(f"{current} redirects to an address that is refused: {error}") from None
+        raise ServiceError(f"{shown_address(current)} redirects to an address that is refused: {error}") from None
 
 
 def _received(
@@ -258,7 +261,7 @@ def _received(
     fetched = Fetched(
         path=body,
         url=url,
-        final_url=str(response.url),
+        final_url=shown_address(str(response.url)),
         digest=digest,
         size=size,
         etag=response.headers.get("etag"),

@@ -34,8 +34,8 @@ class BoardName(BaseModel):
     name: str = Field(default="Chatbot Arena", description="Whose votes.")
     arena: str = Field(default="text", description="Arena: text, vision, ...")
     publisher: str = Field(description="Who published it; a mirror is another publisher.")
-    category: str
-    style_control: bool
+    category: str = Field(description="Board category, as its publisher calls it.")
+    style_control: bool = Field(description="Whether its ratings are style-controlled.")
 
     def shown(self) -> str:
         """For people."""

@@ -8,12 +8,13 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ConfigError, RatingsError, ServiceError
 from charm_core.leaderboards import style_by_name
+from tasks.addresses import shown_address
 from tasks.publishing import run_logger
 from tasks.ratings.fetching import FetchConfig, check_not_pickle, check_url, fetch
 from tasks.store import SourceFile, source_file
@@ -128,8 +129,8 @@ def _from_file(path: Path) -> Located:
 
 def _from_web(query: SourceQuery, folder: Path) -> Located:
     fetched = fetch(query.source, query.fetching, folder)
-    run_logger().info("%s: %s, %s bytes", query.source, fetched.outcome, f"{fetched.size:,}")
-    url = _public(query.source)
+    run_logger().info("%s: %s, %s bytes", shown_address(query.source), fetched.outcome, f"{fetched.size:,}")
+    url = shown_address(query.source)
     commit = _COMMIT.search(url)
     stale = f"the server did not answer: a copy of {fetched.fetched_at} was used"
     origin = Origin(
@@ -254,10 +255,3 @@ def _publisher(url: str) -> str:
     if parts.hostname == "huggingface.co" and steps[:1] == ["datasets"] and len(steps) > 3:
         return "/".join(steps[1:3])
     return f"{parts.netloc}{_COMMIT.sub('…', parts.path)}"
-
-
-def _public(url: str) -> str:
-    """An address without what may be secret in it."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))

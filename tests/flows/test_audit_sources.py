@@ -114,13 +114,6 @@ def test_a_server_scores_them(home: Path, server: EndpointServer):
     assert data_of(outcome).main.variants[0].mismatch.prompts == PROMPTS
 
 
-def test_the_key_is_in_nothing_that_is_kept(home: Path, server: EndpointServer):
-    audit(AuditRun(name="judged", judge=JudgeConfig(backend=backend(server, "judge")), **sources(home, server)))
-    kept = [path for path in (home / "home").rglob("*") if path.is_file()]
-    assert len(kept) > 20
-    assert not [path for path in kept if b"sk-canary-7d1f" in path.read_bytes()]
-
-
 def test_nobody_is_asked_before_every_policy_model_has_a_rating(home: Path, server: EndpointServer):
     given = sources(home, server)
     unknown = PolicyModel(name="skyy", backend=backend(server, "sky"))

@@ -8,12 +8,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import UUID
 
 import polars as pl
 import psutil
 import pytest
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
+from charm_core.errors import ConfigError
 from charm_core.mismatch import MismatchConfig
 from charm_core.offsets import OffsetConfig
 from charm_core.preferences import PreferenceConfig
@@ -21,7 +26,7 @@ from charm_core.responses import SplitConfig
 from charm_core.reward_model.loading import load_reward_model
 from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
-from charm_core.simulation import HELD_OUT_WRITERS, SimulationConfig
+from charm_core.simulation import HELD_OUT_WRITERS, SimulationConfig, simulate_arena
 from charm_core.tables import PROMPTS, RESPONSES
 from flows.calibrate import calibrate
 from flows.command_line import settings_toml
@@ -30,6 +35,7 @@ from flows.runs import CalibrationRun
 from flows.settings import CHECKOUT, RuntimeSettings
 from tasks.ledger import last_ledger
 from tasks.pages.report_data import ReportData
+from tasks.scoring import ScoresConfig
 from tasks.simulation import SimulatedWorld
 
 TINY = CalibrationRun(
@@ -137,7 +143,79 @@ def test_one_changed_setting_runs_only_what_depends_on_it(first: Outcome, home: 
     changed = TINY.model_copy(update={"mismatch": MismatchConfig(bootstrap_replicates=120)})
     _, fresh = ran(changed)
     measured = {"evaluate_variant", "compare_variants", "compare_styles", "choose_models", "judge_truth"}
-    assert fresh == {*measured, "compose_report", "package_model"}
+    assert fresh == {*measured, "compose_report", "draw_figures", "package_model"}
+
+
+def test_best_of_n_is_held_against_a_judge_that_knows_some_of_the_policy_models(first: Outcome, tmp_path: Path):
+    arena = simulate_arena(TINY.simulation.arena)
+    writers = arena.responses.get_column("policy_model").unique().sort().to_list()[:3]
+    lengths = arena.responses.filter(pl.col("policy_model").is_in(writers)).with_columns(
+        pl.col("response").str.len_chars().alias("length")
+    )
+    pairs = lengths.join(lengths, on="prompt_id", suffix="_other").filter(
+        pl.col("policy_model") < pl.col("policy_model_other")
+    )
+    path = tmp_path / "judge.parquet"
+    pairs.select(
+        "prompt_id",
+        "policy_model",
+        pl.col("policy_model_other").alias("opponent"),
+        (pl.col("length") > pl.col("length_other")).cast(pl.Float64).alias("preference"),
+    ).write_parquet(path)
+    run = TINY.model_copy(update={"judge_preferences": ScoresConfig(source=str(path))})
+    outcome, fresh = ran(run)
+    assert fresh == {"load_preferences", "pick_best_of_n", "compose_report", "draw_figures", "package_model"}
+    data = ReportData.model_validate_json(Path(outcome.data.uri).read_bytes())
+    everybody, judged = data.best_of_n
+    assert (everybody.candidates, judged.candidates) == (9, 3)
+    assert "judge" not in {value.measure for value in everybody.values}
+    judge = [value for value in judged.values if (value.measure, value.n) == ("judge", 3)]
+    assert {value.scorer for value in judge} == {"untouched", "control", "calibrated"}
+    assert all(value.prompts == judged.prompts for value in judge)
+    assert "Judge&#39;s preference (%)" in Path(outcome.report.uri).read_text()
+
+    stranger = tmp_path / "strangers.parquet"
+    pl.read_parquet(path).with_columns(policy_model=pl.lit("nobody"), opponent=pl.lit("noone")).write_parquet(stranger)
+    with pytest.raises(ConfigError, match=r"judge_preferences are about \['nobody', 'noone'\]"):
+        calibrate(TINY.model_copy(update={"judge_preferences": ScoresConfig(source=str(stranger))}))
+
+
+def test_its_runs_say_what_they_found_and_lead_to_each_other(first: Outcome, home: Path):
+    run = next(run for run in mlflow_runs(home) if first.tracking_url.endswith(run.info.run_id))
+    selection = ReportData.model_validate_json(Path(first.data.uri).read_bytes()).selection
+    name = f"calibrate tiny · {len(selection.overvalued)} overvalued"
+    flow_run = UUID(run.data.tags["prefect.flow_run_id"])
+    with get_client(sync_client=True) as prefect:
+        assert prefect.read_flow_run(flow_run).name == run.info.run_name == name
+        published = prefect.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run])), limit=100
+        )
+    links = {one.key: one.data for one in published if one.type == "markdown" and "](" in str(one.data)}
+    assert first.tracking_url in links["calibrate-mlflow"]
+    assert first.report.uri in links["calibrate-report"]
+    stages = {"sources", "offsets", "pairs", "training", "variants", "summary"}
+    assert {f"calibrate-{stage}" for stage in stages} | {"mismatch", "best-of-n", "promotion", "steps"} <= {
+        one.key for one in published
+    }
+    page = run.data.tags["prefect.flow_run_url"]
+    assert str(flow_run) in page
+    assert page in run.data.tags["mlflow.note.content"]
+    logged = Path(urlsplit(run.info.artifact_uri).path, "report.html").read_text()
+    assert f'<a href="{page}">' in logged
+    assert f'<a href="{first.tracking_url}">' in logged
+    assert page not in Path(first.report.uri).read_text()  # the same report in every run that makes it
+    assert page in first.summary
+
+
+def test_a_model_that_is_registered_is_not_copied_again(first: Outcome, home: Path):
+    client = MlflowClient(RuntimeSettings().tracking().uri)
+    again, _ = ran(TINY)
+    assert again.model_version == first.model_version
+    kept = {url.rsplit("/", 1)[1] for url in (first.tracking_url, again.tracking_url)}
+    assert [bool(client.list_artifacts(run, "model")) for run in sorted(kept, key=first.tracking_url.endswith)] == [
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("damage", ["delete", "corrupt"])
@@ -160,7 +238,7 @@ def test_ctrl_c_ends_the_training_processes_and_closes_the_run(tmp_path: Path):
     long = TINY.model_copy(update={"training": TINY.training.model_copy(update={"epochs": 500.0})})
     settings.write_text(settings_toml(long))
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.calibrate", "--config", str(settings)],
+        [sys.executable, "-m", "flows.calibrate", "--config", str(settings), "--verbose"],
         cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None

@@ -13,10 +13,12 @@ from flows.collect_ratings import RatingsOutcome, collect_ratings
 from flows.command_line import run_from_command_line
 from flows.presets import COLLECT_RATINGS
 from flows.runs import CollectRatingsRun
-from flows.settings import CHECKOUT
-from tasks.arena import ArenaConfig
+from flows.settings import CHECKOUT, RuntimeSettings
+from tasks.arena import ArenaConfig, board_of
 from tasks.pages.rating_page_data import RatingPageData
 from tasks.ratings.fetching import FetchConfig
+from tasks.ratings.snapshots import list_snapshots
+from tasks.recalibration import note_calibration
 from tests.leaderboard_server import serve, with_etag
 
 BACKGROUND = {f"m{index:02d}": 1000.0 + 7 * index for index in range(40)}
@@ -117,6 +119,34 @@ def test_drift_in_small_steps_is_seen_from_the_snapshot_that_was_calibrated_to(h
     assert collected(home, POLICY | {"sand": 1068.0}, 3, since="2025-02-28").due is True
     with pytest.raises(RatingsError, match=r"no snapshot .* matches '2024-01-01'"):
         collected(home, POLICY, 3, since="2024-01-01")
+
+
+def test_ratings_are_held_against_those_that_a_model_is_calibrated_to_and_prefect_is_told(home: Path):
+    watch = {"recalibrates": "charm-m", "policy_models": ()}
+    first = collected(home, POLICY, 0, **watch)
+    assert (first.due, first.told) == (None, "")
+    assert "no calibration of charm-m to this board is known here" in first.why
+    store = RuntimeSettings().artifact_store()
+    (kept,) = list_snapshots(store)
+    note_calibration(store, "charm-m", "1", board_of(kept), tuple(POLICY), "s")
+    same = collected(home, POLICY, 0, **watch)
+    assert (same.due, same.why) == (False, "charm-m (version 1) is calibrated to this snapshot")
+    step = collected(home, POLICY | {"sand": 1059.0}, 1, **watch)
+    assert (step.due, step.told) == (False, "")
+    assert [item.title for item in data_of(step).comparisons] == ["Since the snapshot that charm-m is calibrated to"]
+    # nobody was calibrated to the step between: drift adds up
+    moved = collected(home, POLICY | {"sand": 1068.0}, 2, **watch)
+    assert moved.due is True
+    assert "since 2025-02-28 2 of 3" in moved.why
+    assert moved.told.startswith("Prefect was told: charm.ratings.updated for charm-m")
+    assert moved.told in moved.summary
+    earlier = collected(home, POLICY, -1, **watch)
+    assert (earlier.due, earlier.why) == (False, "charm-m (version 1) is calibrated to a later snapshot, of 2025-02-28")
+
+
+def test_a_model_is_watched_on_one_board(home: Path):
+    with pytest.raises(ValueError, match="recalibrates watches one board"):
+        collected(home, POLICY, 0, recalibrates="charm-m", history=True)
 
 
 def test_an_older_board_is_compared_with_what_came_before_it(home: Path):

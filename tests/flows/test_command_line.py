@@ -1,7 +1,10 @@
 """The command line: one settings model is the form, the file and the options."""
 
 import datetime
+import json
+import logging
 import os
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -337,3 +340,87 @@ def test_the_arguments_of_the_process_are_the_default(
     assert run_from_command_line("audit", Settings, PRESETS, lambda run: "", None) == 0
     assert 'title = "big"' in capsys.readouterr().out
     assert os.environ.get("TITLE") is None
+
+
+class Result(BaseModel):
+    """What a flow returns."""
+
+    champion: str
+    summary: str
+
+
+class TestJson:
+    def object_of(self, capsys: pytest.CaptureFixture[str], *arguments: str, start: Any = None) -> tuple[int, Any]:
+        """Exit status and the one object on standard output."""
+
+        def usual(run: Settings) -> Result:
+            sys.stdout.write("a library that prints\n")
+            return Result(champion="3", summary="all\ndone")
+
+        status = run_from_command_line("audit", Settings, PRESETS, start or usual, ["--json", *arguments])
+        return status, json.loads(capsys.readouterr().out)
+
+    def test_the_outcome_and_nothing_else(self, capsys: pytest.CaptureFixture[str]):
+        outcome = {"champion": "3", "summary": "all\ndone"}
+        assert self.object_of(capsys) == (0, {"flow": "audit", "exit_status": 0, "outcome": outcome})
+
+    def test_only_text(self, capsys: pytest.CaptureFixture[str]):
+        status, found = self.object_of(capsys, start=lambda run: "nobody")
+        assert (status, found["outcome"]) == (0, {"summary": "nobody"})
+
+    @pytest.mark.parametrize(
+        ("error", "status", "told"),
+        [
+            (ArtifactError("no space; free some"), 1, {"kind": "ArtifactError", "message": "no space; free some"}),
+            (ZeroDivisionError("odd"), 1, {"kind": "ZeroDivisionError", "message": "odd"}),
+        ],
+    )
+    def test_an_error(self, capsys: pytest.CaptureFixture[str], error: Exception, status: int, told: dict[str, str]):
+        def start(run: Settings) -> str:
+            raise error
+
+        assert self.object_of(capsys, start=start) == (status, {"flow": "audit", "exit_status": status, "error": told})
+
+    def test_ctrl_c(self, capsys: pytest.CaptureFixture[str]):
+        def start(run: Settings) -> str:
+            raise KeyboardInterrupt
+
+        status, found = self.object_of(capsys, start=start)
+        assert (status, found["error"]["kind"]) == (130, "Interrupted")
+        assert "run the same command" in found["error"]["message"]
+
+    @pytest.mark.parametrize("arguments", [["--part.rate", "7"], ["--nope", "1"], ["--preset", "huge"]])
+    def test_wrong_settings(self, capsys: pytest.CaptureFixture[str], arguments: list[str]):
+        status, found = self.object_of(capsys, *arguments)
+        assert (status, found["exit_status"], found["error"]["kind"]) == (2, 2, "ConfigError")
+        assert arguments[-1] in found["error"]["message"]
+
+    def test_the_settings(self, capsys: pytest.CaptureFixture[str]):
+        status, found = self.object_of(capsys, "--show-config", "--title", "x")
+        assert status == 0
+        assert Settings.model_validate(found["settings"]).title == "x"
+
+
+def test_a_wrong_option_is_one_line_and_not_the_list_of_all_options(invoke: Invoke):
+    outcome = invoke("--nope", "1")
+    assert outcome.err == "error: unrecognized arguments: --nope 1; see --help\n"
+
+
+@pytest.mark.parametrize(("option", "shown"), [([], False), (["--verbose"], True)])
+def test_details_are_for_those_who_ask(
+    prefect_session: None, capsys: pytest.CaptureFixture[str], option: list[str], shown: bool
+):
+    from prefect.logging.configuration import setup_logging
+
+    def start(run: Settings) -> str:
+        logging.getLogger("prefect.flow_runs").info("a detail")
+        return "done"
+
+    setup_logging(incremental=False)  # its handlers write to the standard error of the moment when they were made
+    try:
+        assert run_from_command_line("audit", Settings, PRESETS, start, option) == 0
+    finally:
+        captured = capsys.readouterr()
+        setup_logging(incremental=False)
+    assert ("a detail" in captured.err) is shown
+    assert captured.out == "done\n"

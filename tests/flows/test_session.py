@@ -1,12 +1,14 @@
 """A run that cannot succeed says so at once, before anything is computed."""
 
+import re
 from pathlib import Path
 
+import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from charm_core.errors import ArtifactError, ServiceError
-from flows.session import check_services, open_session
+from flows.session import check_services, open_session, server_away
 from tasks.arena import ArenaConfig
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
@@ -37,3 +39,12 @@ def test_a_store_that_cannot_be_written_stops_the_run_before_it_is_tracked(
     with pytest.raises(ArtifactError, match="cannot write"), open_session("audit", "t", ArenaConfig(source="x")):
         pytest.fail("the session opened")
     assert not (tmp_path / "home" / "mlflow.db").exists()
+
+
+def test_a_run_that_lost_its_prefect_server_says_so_and_no_other_does():
+    lost = httpx.ConnectError("Connection refused")
+    with temporary_settings({PREFECT_API_URL: f"{NOBODY}/api"}):
+        assert server_away(ValueError("another reason")) is None
+        assert re.search(rf"{NOBODY}/api does not answer.*finished steps are kept", str(server_away(lost)))
+    with temporary_settings({PREFECT_API_URL: ""}):  # it has one of its own
+        assert server_away(lost) is None

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from charm_core.errors import ServiceError
 from flows.settings import CHECKOUT, RuntimeSettings, prepare_environment
 
 
@@ -59,6 +61,18 @@ def test_a_tracking_server_chooses_where_its_artifacts_go(monkeypatch: pytest.Mo
     monkeypatch.setenv("CHARM_EXPERIMENT", "mine")
     tracking = RuntimeSettings().tracking()
     assert (tracking.uri, tracking.artifact_location, tracking.experiment) == ("http://mlflow:5000", None, "mine")
+
+
+def test_a_server_that_cannot_be_asked_is_named_and_asked_only_if_need_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):  # the discard port: nothing listens
+        with pytest.raises(
+            ServiceError, match=r"Prefect server at http://127.0.0.1:9/api cannot be asked for CHARM_STORE"
+        ):
+            RuntimeSettings().artifact_store()
+        monkeypatch.setenv("CHARM_STORE", str(tmp_path))
+        assert RuntimeSettings().artifact_store().url == str(tmp_path)
 
 
 def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 
 from charm_core.errors import ArtifactError, ServiceError
+from tasks.process_identity import process_identity
 from tasks.store import ArtifactRef
 from tasks.tracking import (
     TrackedRun,
@@ -153,7 +154,7 @@ class TestStatus:
             for tags in ({}, {"charm.process": "elsewhere/1:0.00"}, {"charm.process": "nonsense"})
         ]
         own_but_dead = client.create_run(
-            run.experiment_id, tags={"charm.process": f"{socket.gethostname()}/{os.getpid()}:1.00"}
+            run.experiment_id, tags={"charm.process": f"{process_identity().rpartition(':')[0]}:1.00"}
         ).info.run_id
         with tracked_run(settings, "run", tags={}):
             assert [client.get_run(name).info.status for name in foreign] == ["RUNNING"] * 3
@@ -164,6 +165,33 @@ def refuse(*_: object) -> None:
     from mlflow.exceptions import MlflowException
 
     raise MlflowException("gone")
+
+
+class TestServerAway:
+    def test_what_a_run_cannot_say_is_an_error_that_says_so(self, settings: TrackingSettings):
+        def fail() -> None:
+            with tracked_run(settings, "run", tags={}) as run:
+                run._client.log_batch = lambda *_, **__: refuse()
+                run.log_metrics({"a": 1.0})
+
+        with pytest.raises(ServiceError, match=r"did not take .*gone.*finished steps are kept"):
+            fail()
+
+    def test_a_curve_is_only_watched(self, settings: TrackingSettings, caplog: pytest.LogCaptureFixture):
+        with tracked_run(settings, "run", tags={}) as run:
+            take, run._client.log_batch = run._client.log_batch, lambda *_, **__: refuse()
+            assert not run.show_curve([{"step": 0, "loss": 1.0}])
+            assert "training goes on" in caplog.text
+            run._client.log_batch = take
+            assert run.show_curve([{"step": 0, "loss": 1.0}])
+
+    def test_a_nested_run_that_cannot_be_closed_does_not_end_its_parent(self, settings: TrackingSettings, client: Any):
+        with tracked_run(settings, "run", tags={}) as run:
+            close = run._client.set_terminated
+            with run.nested("training"):
+                run._client.set_terminated = refuse
+            run._client.set_terminated = close
+        assert client.get_run(run.run_id).info.status == "FINISHED"
 
 
 class TestLogging:
@@ -279,6 +307,20 @@ class TestRegistry:
         assert version.source.endswith("/models/calibrated")
         files = client.list_artifacts(run.run_id, "models/calibrated")
         assert [file.path for file in files] == ["models/calibrated/config.json"]
+
+    def test_two_runs_that_register_the_same_at_once(self, settings: TrackingSettings, client: Any, tmp_path: Path):
+        (tmp_path / "config.json").write_text("{}")
+        with tracked_run(settings, "run", tags={}) as run:
+            create = run._client.create_model_version
+
+            def after_another(*args: Any, **options: Any) -> Any:
+                create(*args, **options)  # between this run's look and its own
+                return create(*args, **options)
+
+            run._client.create_model_version = after_another
+            version = register_version(run, "raced", run.log_folder(tmp_path, "model"), {"digest": "d" * 64})
+        assert version == "1"
+        assert [found.version for found in client.search_model_versions("name = 'raced'")] in (["1"], [1])
 
     def test_registered_weights_can_be_loaded_by_their_version(
         self, settings: TrackingSettings, client: Any, tmp_path: Path

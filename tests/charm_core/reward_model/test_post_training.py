@@ -210,7 +210,7 @@ def test_what_cannot_be_trained_says_why(folder: Path, tmp_path: Path):
         ({"label_smoothing": 0.1}, "label_smoothing belongs to loss 'robust'"),
         ({"lora_rank": None, "lora_alpha": 8}, "lora_alpha and lora_targets need lora_rank"),
         ({"ranks": 2}, "ranks=2 needs DeepSpeed"),
-        ({"threads_per_rank": 0}, "threads_per_rank must be at least 1 or 'auto'"),
+        ({"threads_per_rank": 0}, "greater than or equal to 1"),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused(settings, message):

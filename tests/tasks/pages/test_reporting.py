@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from charm_core.agreement import EloAgreement, MismatchComparison
+from charm_core.best_of_n import BestOfNConfig, Known, measure_best_of_n
 from charm_core.mismatch import MismatchConfig, MismatchReport, measure_mismatch
 from charm_core.offsets import OffsetConfig, fit_offsets
 from charm_core.preferences import PairSummary
@@ -323,6 +324,26 @@ def test_every_part_is_on_the_page(calibrated: ReportData, page: str) -> None:
     for said in ("the most votes", "12.4 %", "mind the gap", "held out", "2025-02-28", "0123abc", "f" * 64, "RM-Bench"):
         assert said in page
     assert "python -m flows.calibrate --preset demo" in page
+
+
+def test_what_is_picked_of_n_is_on_the_page() -> None:
+    scores, ratings = tables(3, 0.0)
+    by_rating = scores.drop("score").join(
+        ratings.select("policy_model", score=pl.col("rating")), on="policy_model", how="left", maintain_order="left"
+    )
+    report = measure_best_of_n(
+        {"untouched": scores, "calibrated": by_rating},
+        scores.select("prompt_id", "policy_model", response=pl.lit("text")),
+        Known(ratings=ratings),
+        BestOfNConfig(sizes=(1, 3), bootstrap_replicates=10),
+        [("untouched", "calibrated")],
+    )
+    text = render_report(calibration().model_copy(update={"best_of_n": (report,)}))
+    section = text.partition('id="best-of-n"')[2].partition("</section>")[0]
+    assert "3 responses to each of 60 prompts." in section
+    assert html.escape("<b>odd & name</b>") in section
+    row = section.partition("Elo of the picked model")[2].partition('<th scope="row">3</th>')[2].partition("</tr>")[0]
+    assert row.count("1,300.0") == 4  # what the calibrated one picks, both ends of its interval, and the best possible
 
 
 def test_missing_parts_leave_no_trace() -> None:
