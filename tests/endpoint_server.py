@@ -83,9 +83,11 @@ def failure(status: int, message: str, *, code: str | None = None, **headers: st
 class EndpointServer:
     """Serves from a thread of its own while a ``with`` block lasts; counts what it is asked."""
 
-    def __init__(self, behaviour: Behaviour = lambda asked: None, *, latency: float = 0.0) -> None:
+    def __init__(self, behaviour: Behaviour = lambda asked: None, *, latency: float = 0.0, port: int = 0) -> None:
         self.behaviour = behaviour
         self.latency = latency
+        self.port = port
+        """0: one that is free."""
         self.asked: list[Asked] = []
         """Chat and other POST requests, in order of arrival."""
         self.answered: Counter[str] = Counter()
@@ -125,7 +127,7 @@ class EndpointServer:
     async def _main(self, started: threading.Event) -> None:
         self._stopped = asyncio.Event()
         self._connections: set[asyncio.Task[None]] = set()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         started.set()
         await self._stopped.wait()
