@@ -16,11 +16,11 @@ from tasks.arena import Board
 from tasks.drawn_figures import draw_figures
 from tasks.evidence import Report
 from tasks.ledger import explain, reuse_lines
+from tasks.origin import git_revision, package_versions
 from tasks.pages.report_data import BenchmarkRow, InputDigest, Provenance, ReportData, ReportDomain, ReportReliability
 from tasks.pages.report_text import summary_text
 from tasks.publishing import publish_link, publish_markdown, publish_table, rename_flow_run
 from tasks.store import ArtifactRef
-from tasks.tracking import git_revision, package_versions
 
 
 class Outcome(BaseModel):

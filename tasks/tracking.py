@@ -8,14 +8,11 @@ Metrics are logged by flows from returned values, so that they are there on a fu
 import contextlib
 import logging
 import numbers
-import platform
 import re
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ServiceError
 from tasks.addresses import shown_address
+from tasks.origin import git_revision, package_versions
 from tasks.process_identity import has_ended, process_identity
 from tasks.store import ArtifactRef
 
 logger = logging.getLogger(__name__)
 
 _SQLITE = "sqlite:///"
-_REVISION = Path(__file__).resolve().parent.parent / "REVISION"
 _LOCAL_PAGES = "http://127.0.0.1:5000"
 _PARAM_BATCH = 100
 _METRIC_BATCH = 1000
@@ -42,7 +39,6 @@ PROCESS_TAG = "charm.process"
 """Which process a run belongs to."""
 TITLE_TAG = "charm.title"
 """What runs of the same flow and name have in common; their names in MLflow also say what they found."""
-_RECORDED_PACKAGES = ("charm-rm", "torch", "transformers", "deepspeed", "polars", "numpy", "scipy", "prefect", "mlflow")
 
 
 class TrackingSettings(BaseModel):
@@ -293,40 +289,6 @@ def open_registry(settings: TrackingSettings) -> Iterator[Any]:
             yield _client(settings)
     except _mlflow_error() as error:
         raise ServiceError(f"the MLflow model registry at {settings.shown_uri} cannot be used: {error}") from error
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    versions = {"python": platform.python_version()}
-    for package in _RECORDED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
-
-
-def git_revision() -> str:
-    """Commit of the checkout, with '+changes' if it has uncommitted ones; of an image what its build noted, or 'unknown'."""
-    folder = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"],  # noqa: S607
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],  # noqa: S607
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return _REVISION.read_text(encoding="utf-8").strip() if _REVISION.exists() else "unknown"
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 @contextlib.contextmanager

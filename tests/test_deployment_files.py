@@ -15,7 +15,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from flows.runs import CalibrationRun
-from tasks import tracking
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOYMENTS = ROOT / "deployments"
@@ -189,15 +188,9 @@ class TestImages:
         assert all("\nUSER 1000\n" in final[target] for target in ("servers", "cpu", "cuda"))
 
 
-def test_an_image_knows_its_revision_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_image_notes_its_revision_where_it_is_looked_for():
     dockerfile = (DEPLOYMENTS / "Dockerfile").read_text()
     assert dockerfile.count('RUN echo "${REVISION}" > REVISION') == 2
-    assert tracking._REVISION == ROOT / "REVISION"
-    monkeypatch.setattr(tracking, "_REVISION", tmp_path / "REVISION")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert tracking.git_revision() == "unknown"
-    (tmp_path / "REVISION").write_text("v1.2-3-gabc\n")
-    assert tracking.git_revision() == "v1.2-3-gabc"
 
 
 def test_yaml_is_tidy():
