@@ -56,7 +56,7 @@ def ablate(run: AblationRun = DEMO) -> Outcome:
     """Compare recipes of calibration with one another and with their control, over several seeds."""
     with open_session("ablate", run.name, run) as session:
         measured: list[CellMeasures] = []
-        left_out: dict[str, list[str]] = {}
+        left_out: dict[tuple[str, str], list[int]] = {}
         for number in run.seeds:
             seed = _prepare(number, seeded(run.calibration, number))
             measured.extend(_measure_all(session, run, seed, left_out))
@@ -69,7 +69,7 @@ def ablate(run: AblationRun = DEMO) -> Outcome:
             tuple(measured),
             CONTROL,
             compared_cells(run),
-            (*skipped_cells(run), *(f"{name}: {', '.join(why)}." for name, why in left_out.items())),
+            (*skipped_cells(run), *map(_left_out, left_out.items())),
             describe_provenance("ablate", run, Used(inputs={"ratings": board.ratings}, outputs={})),
         )
         page = session.store.read_record(report.data, AblationPage)
@@ -104,6 +104,11 @@ def seeded(run: CalibrationRun, seed: int) -> CalibrationRun:
     return run.model_copy(update=changes)
 
 
+def _left_out(item: tuple[tuple[str, str], list[int]]) -> str:
+    (name, why), seeds = item
+    return f"{name}: left out with seed {', '.join(map(str, seeds))} ({why})."
+
+
 def _prepare(number: int, run: CalibrationRun) -> _Seed:
     sources = calibration_sources(run)
     split = hold_out(run, sources)
@@ -120,15 +125,15 @@ def _prepare(number: int, run: CalibrationRun) -> _Seed:
 
 
 def _measure_all(
-    session: Session, run: AblationRun, seed: _Seed, left_out: dict[str, list[str]]
+    session: Session, run: AblationRun, seed: _Seed, left_out: dict[tuple[str, str], list[int]]
 ) -> Iterator[CellMeasures]:
     for cell in cells_of(run):
         try:
             values = _measure(session, cell, seed)
         except ConfigError as error:
             # a recipe that this seed does not allow, such as one overvalued model where none is flagged
-            run_logger().warning("seed %d, %s: left out: %s", seed.number, cell.name, error)
-            left_out.setdefault(cell.name, []).append(f"left out with seed {seed.number} ({error})")
+            run_logger().info("seed %d, %s: left out: %s", seed.number, cell.name, error)
+            left_out.setdefault((cell.name, str(error)), []).append(seed.number)
             continue
         yield CellMeasures(cell=cell.name, seed=seed.number, values=values)
 
@@ -167,7 +172,8 @@ def _check_size(cell: Cell, correction: Correction) -> None:
     for (section, name), count in there.items():
         asked = cell.changes.get(section, {}).get(name)
         if asked is not None and count < asked:
-            raise ConfigError(f"{section}.{name} {asked:,}, but there are only {count:,}")
+            # without the number, which may differ from seed to seed
+            raise ConfigError(f"{section}.{name} {asked:,} is more than there are")
 
 
 def _target_ratings(cell: Cell, seed: _Seed) -> ArtifactRef:

@@ -7,8 +7,10 @@ python -m flows.recalibrate --config calibrate.toml --arena.source "" --arena.sn
 """
 
 import sys
+from uuid import UUID
 
 from prefect import flow
+from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ConfigError
@@ -19,6 +21,7 @@ from flows.presets import RECALIBRATE, demo_recalibration
 from flows.runs import CalibrationRun, RecalibrationRun
 from flows.session import check_services
 from flows.settings import RuntimeSettings, find_secret
+from tasks.abandoned_flow_runs import claim_flow_run
 from tasks.arena import ArenaConfig, obtain_board
 from tasks.caching import use_store
 from tasks.publishing import publish_markdown, run_logger
@@ -48,6 +51,7 @@ def recalibrate(run: RecalibrationRun = DEMO, update: RatingsUpdate | None = Non
         run: The settings of the calibration.
         update: What the event says; without it the latest snapshot in the store of the board that run.arena names is taken.
     """
+    claim_flow_run(UUID(str(flow_run.id)))
     why_not = _not_meant(run, update)
     if why_not:
         return _said(None, why_not)

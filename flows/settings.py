@@ -22,6 +22,8 @@ _ENVIRONMENT_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # the temporary server of a run without one needs about 20 s here, more on a busy machine
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    # it is stopped in the middle of its housekeeping, of which it then complains at length
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
 }
 
 
