@@ -169,13 +169,14 @@ def test_best_of_n_is_held_against_a_judge_that_knows_some_of_the_policy_models(
     everybody, judged = data.best_of_n
     assert (everybody.candidates, judged.candidates) == (9, 3)
     assert "judge" not in {value.measure for value in everybody.values}
-    judge = [value for value in judged.values if (value.measure, value.n) == ("judge", 3)]
+    judge = [value for value in judged.values if (value.measure, value.n) == ("judge", 2)]
     assert {value.scorer for value in judge} == {"untouched", "control", "calibrated"}
     assert all(value.prompts == judged.prompts for value in judge)
     assert "Judge&#39;s preference (%)" in Path(outcome.report.uri).read_text()
 
     stranger = tmp_path / "strangers.parquet"
-    pl.read_parquet(path).with_columns(policy_model=pl.lit("nobody"), opponent=pl.lit("noone")).write_parquet(stranger)
+    one_each = pl.read_parquet(path).unique("prompt_id")
+    one_each.with_columns(policy_model=pl.lit("nobody"), opponent=pl.lit("noone")).write_parquet(stranger)
     with pytest.raises(ConfigError, match=r"judge_preferences are about \['nobody', 'noone'\]"):
         calibrate(TINY.model_copy(update={"judge_preferences": ScoresConfig(source=str(stranger))}))
 

@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.runtime import flow_run
 
 from charm_core.errors import ConfigError
 from charm_core.promotion import GateConfig
@@ -286,18 +289,23 @@ def test_the_verdict_is_published(
 
     version, evidence = registered(with_domain(GOOD, comparisons=GOOD.main.comparisons[:1]))
 
+    own: list[UUID] = []
+
     @flow(validate_parameters=False)
     def judge(run: TrackedRun) -> Promotion:
+        own.append(UUID(str(flow_run.id)))
         return judge_promotion(run, store, version, evidence, GATE)
 
     with tracked_run(settings, "run", tags={}) as run:
         promotion = judge(run)
     assert promotion.verdict.named("not measured") == ("mismatch_control",)
-    with get_client(sync_client=True) as prefect:
-        published = [str(found.data) for found in prefect.read_artifacts() if found.key == "promotion"]
-    ours = [data for data in published if promotion.sentence in data]  # the server also has those of other tests
-    assert len(ours) == 1
-    assert "| ? not measured |" in ours[0]
+    with get_client(sync_client=True) as prefect:  # the server also has those of other tests
+        (published,) = prefect.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=own))
+        )
+    assert published.key == "promotion"
+    assert promotion.sentence in str(published.data)
+    assert "| ? not measured |" in str(published.data)
     client = MlflowClient(tracking_uri=settings.uri)
     tags = client.get_run(run.run_id).data.tags
     assert (tags["charm.gate"], tags["charm.promotion"]) == ("not passed", promotion.sentence)
