@@ -213,4 +213,8 @@ PROGRESS = "scored "
 """How a line of a scoring process's output begins that says how far it is: texts scored, texts to score."""
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    finished = main(sys.argv[1:])
+    logging.shutdown()
+    sys.stdout.flush()
+    # Not through the interpreter's end: there a thread that the process group left behind now and then aborts a rank whose work is done.
+    os._exit(finished)

@@ -140,7 +140,7 @@ def test_plain_training_killed_with_minus_9_goes_on_to_the_same_weights(job_of):
     whole = job_of("plain-whole", zero_stage=None, ranks="auto", epochs=12)
     job = job_of("plain-killed", zero_stage=None, ranks="auto", epochs=12)
     run_training(whole)
-    with pytest.raises(WorkerLostError, match="run again to go on"):
+    with pytest.raises(WorkerLostError, match="run again: finished steps are kept"):
         run_training(job, kill_a_rank_at(random.Random(8).randint(6, 15), rank=0))
     assert checkpoint_steps(job.work_dir)
     run_training(job)
