@@ -15,7 +15,6 @@ from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import httpx
-from filelock import FileLock, Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events import Event
 from prefect.events.filters import EventFilter, EventIDFilter, EventNameFilter, EventRelatedFilter
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from charm_core.errors import ArtifactError, ServiceError
 from tasks.addresses import shown_address
 from tasks.arena import ArenaConfig, Board
-from tasks.publishing import run_logger
+from tasks.locks import held_alone
 from tasks.ratings.snapshots import BoardName
 from tasks.store import ArtifactStore, file_digest
 
@@ -120,7 +119,9 @@ def note_calibration(
         settings=settings,
         at=datetime.datetime.now(datetime.UTC),
     )
-    with _lock(store, f"note {model}"):
+    with held_alone(
+        _lock_file(store, f"note {model}"), f"another run notes what {model} is calibrated to; waiting for it"
+    ):
         others = [one for one in calibrations(store, model) if (one.board, one.version) != (made.board, version)]
         # what is the latest is said by the order: a clock can be set back
         kept = _Calibrations(calibrations=(*others, made))
@@ -143,7 +144,8 @@ def settings_digest(settings: BaseModel) -> str:
 @contextmanager
 def one_recalibration(store: ArtifactStore, model: str) -> Iterator[None]:
     """Wait until nobody else recalibrates this registered model on this machine, or with this store if that is a folder."""
-    with _lock(store, f"recalibrate {model}", waiting=f"{model} is being recalibrated by another run; waiting for it"):
+    waiting = f"{model} is being recalibrated by another run; waiting for it"
+    with held_alone(_lock_file(store, f"recalibrate {model}"), waiting):
         yield
 
 
@@ -209,23 +211,10 @@ def _note(model: str) -> str:
     return f"calibrations-{model}"
 
 
-@contextmanager
-def _lock(store: ArtifactStore, name: str, waiting: str = "") -> Iterator[None]:
-    """Held by the operating system: it goes when its process goes, however that ends."""
+def _lock_file(store: ArtifactStore, name: str) -> Path:
     # a folder can be shared by several machines; where the store is no folder, a file locks one machine only
     folder = Path(store.work_folder if "://" in store.url else store.url, "locks")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if waiting:
-            run_logger().info(waiting)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
 
 
 def _texts(value: Any) -> set[str]:

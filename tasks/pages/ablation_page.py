@@ -1,14 +1,12 @@
 """The effect report's page: all numbers in, one self-contained HTML file out. Pure functions."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from charm_core.ablation import CellSummary
 from charm_core.records import Estimate, Record
 from tasks.pages.report_data import Provenance
 from tasks.pages.report_text import aligned, number, span
+from tasks.pages.templates import template_environment
 
 
 class Measure(Record):
@@ -106,13 +104,7 @@ def ablation_text(page: AblationPage) -> str:
 
 def render_ablation(page: AblationPage) -> str:
     """One HTML page without any request to the outside."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment()
     environment.filters.update(number=number, span=span)
     template = environment.get_template("ablation.html.j2")
     return template.render(page=page, answer=ablation_answer(page), verdict=_verdict, bar=_bar(page.cells))

@@ -5,9 +5,6 @@ Pure functions: the same ``RatingPageData`` gives the same text, byte for byte.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from charm_core.rating_history import BoardSeries
 from charm_core.records import Record
@@ -30,6 +27,7 @@ from tasks.pages.rating_text import (
     series_caption,
 )
 from tasks.pages.report_text import number, span
+from tasks.pages.templates import template_environment
 
 _GAPS = f"A line has a gap where the board lacks the model, and where its dates are more than {LONGEST_JOINED.days} days apart."
 
@@ -44,13 +42,7 @@ class DrawnFigure(Record):
 
 def render_rating_page(data: RatingPageData) -> str:
     """Render the page: HTML without any request to the outside."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment()
     environment.filters.update(
         number=number,
         span=span,

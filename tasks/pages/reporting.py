@@ -4,15 +4,14 @@ Pure functions: the same ``ReportData`` gives the same text, byte for byte. Its 
 ``report_text``, its figures in ``report_figures``; the page is laid out in ``report.html.j2``.
 """
 
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 
 from tasks.pages import figures
 from tasks.pages.best_of_n_table import best_of_n_sentence, best_of_n_tables
 from tasks.pages.report_data import ReportData
 from tasks.pages.report_figures import benchmark_columns, first_of_each, heat_map, page_figures, scaled, variant_label
 from tasks.pages.report_text import answer, by_overvaluation, elo, number, p_value, span
+from tasks.pages.templates import template_environment
 
 
 def render_report(data: ReportData) -> str:
@@ -30,13 +29,7 @@ def render_report(data: ReportData) -> str:
 
 def page_environment() -> Environment:
     """Jinja with what the pages' templates use."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment()
     environment.filters.update(
         number=number, elo=elo, span=span, p_value=p_value, scaled=scaled, themed=figures.themed, heat_map=heat_map
     )

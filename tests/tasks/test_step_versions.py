@@ -5,11 +5,14 @@ When a test here fails and the change is meant: raise the step's version, then w
 
 import hashlib
 import json
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 import polars as pl
 import pytest
 
+import tasks
 from charm_core.best_of_n import BestOfNConfig
 from charm_core.judging import JudgeRules, VerdictMarks
 from charm_core.mismatch import MismatchConfig
@@ -23,32 +26,6 @@ from charm_core.responses import CALIBRATION, SplitConfig
 from charm_core.sampling import Answer, samples_table
 from charm_core.selection import SelectionConfig
 from charm_core.tables import PREFERENCES, PROMPTS, RATINGS, RESPONSES, SAMPLES, SCORES, WIN_RATES
-from tasks import (
-    ablation,
-    arena,
-    benchmark_sources,
-    benchmarking,
-    best_of_n,
-    debiasing,
-    drawn_figures,
-    evaluation,
-    evidence,
-    gathering,
-    judging,
-    policy_comparison,
-    post_training,
-    promotion,
-    prompt_sets,
-    prompts,
-    registry,
-    remote_scoring,
-    replay,
-    sampling,
-    scoring,
-    simulation,
-    text_scores,
-    training,
-)
 from tasks.ablation import remove_length
 from tasks.arena import ArenaConfig, collect_history, collect_ratings, fit_arena_ratings, match_ratings
 from tasks.benchmark_sources import BenchmarkData, Resampling, identify_benchmark, load_benchmark
@@ -74,47 +51,16 @@ from tasks.evaluation import (
 )
 from tasks.gathering import join_samples
 from tasks.judging import plan_judge_requests, plan_second_tries, weigh_judgements
-from tasks.pages import evaluation_page
 from tasks.policy_comparison import compare_answers
 from tasks.post_training import join_answers, number_samples, repeat_prompts
 from tasks.prompt_sets import PromptSource, choose_prompts, read_prompt_source
 from tasks.prompts import ResponsesConfig, load_responses, select_responses, split_responses
-from tasks.ratings import changes as rating_changes  # fmt: skip
 from tasks.ratings.changes import PolicyNames, compare_boards, trace_boards
 from tasks.remote_scoring import ScoredShard, cut_responses, join_scores
 from tasks.replay import replay_answers
 from tasks.sampling import cut_prompts, join_shards
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile, source_file
 from tasks.text_scores import ScoredTexts
-
-MODULES = (
-    ablation,
-    arena,
-    benchmark_sources,
-    benchmarking,
-    best_of_n,
-    debiasing,
-    drawn_figures,
-    evaluation,
-    evaluation_page,
-    evidence,
-    gathering,
-    judging,
-    policy_comparison,
-    post_training,
-    promotion,
-    prompt_sets,
-    prompts,
-    rating_changes,
-    registry,
-    remote_scoring,
-    replay,
-    sampling,
-    scoring,
-    simulation,
-    text_scores,
-    training,
-)
 
 GOLDEN = {
     "compare_answers v1": "f31452b8901e93f1",
@@ -502,5 +448,6 @@ def test_every_step_has_a_golden_or_a_reason():
         "train_reward_model",
     }
     names = {name.split(" ")[0] for name in GOLDEN}
-    steps = {value.name for module in MODULES for value in vars(module).values() if isinstance(value, Step)}
+    modules = [import_module(found.name) for found in walk_packages(tasks.__path__, "tasks.")]
+    steps = {value.name for module in modules for value in vars(module).values() if isinstance(value, Step)}
     assert steps == names | held_elsewhere
