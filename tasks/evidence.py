@@ -100,7 +100,7 @@ class Report(_Part):
     card: ArtifactRef
 
 
-@step(version=2)
+@step(version=3)
 def compose_report(store: ArtifactStore, parts: ReportParts) -> Report:
     """Gather the results, render the page and the model card."""
     benchmarks = tuple(store.read_record(ref, BenchmarkRows) for ref in parts.benchmarks)

@@ -5,13 +5,13 @@ from charm_core.records import Estimate, Record
 
 MEASURES: dict[Measure, tuple[str, int, float]] = {
     "rating": ("Elo of the picked model", 1, 1.0),
-    "length": ("Characters", 0, 1.0),
     "judge": ("Judge's preference (%)", 1, 100.0),
     "judge's best": ("Judge prefers no other (%)", 1, 100.0),
     "quality": ("True quality (logits)", 2, 1.0),
     "truly best": ("None is truly better (%)", 1, 100.0),
+    "length": ("Characters", 0, 1.0),
 }
-"""Heading, digits and unit of each measure in a table."""
+"""Heading, digits and unit of each measure in a table, in the order in which they are shown."""
 
 
 class PickedTable(Record):
@@ -40,8 +40,8 @@ def best_of_n_tables(report: BestOfNReport, labels: dict[str, str] | None = None
         report: What was measured.
         labels: How reward models are called; default: by their names.
     """
-    measures = dict.fromkeys(value.measure for value in report.values)
-    return tuple(_table(report, measure, labels or {}) for measure in measures)
+    measured = {value.measure for value in report.values}
+    return tuple(_table(report, measure, labels or {}) for measure in MEASURES if measure in measured)
 
 
 def best_of_n_sentence(report: BestOfNReport) -> str:
