@@ -22,7 +22,7 @@ BEFORE: VariantName = "untouched"
 AFTER: VariantName = "calibrated"
 
 _OVERALL_METRICS = ("total", "overall")
-_SMALLER_BATCHES = 3
+_OTHER_BATCH_TOKENS = 1024
 _MARKS: dict[Result, str] = {
     "passed": "✓ passed",
     "failed": "✗ failed",
@@ -41,7 +41,7 @@ class Repetition(Record):
 def score_again(
     model: RewardModelRef, responses: ResponseSet, scores: ArtifactRef, config: GateConfig
 ) -> ArtifactRef | None:
-    """Score some of the responses a second time, in smaller batches with other neighbours, from the stored weights.
+    """Score some of the responses a second time, in other batches with other neighbours, from the stored weights.
 
     Args:
         model: The calibrated reward model.
@@ -55,8 +55,8 @@ def score_again(
     if not config.repeat_prompts:
         return None
     some = choose_repeated(responses, Repetition(prompts=config.repeat_prompts))
-    smaller = model.spec.model_copy(update={"batch_tokens": max(1, model.spec.batch_tokens // _SMALLER_BATCHES)})
-    again = score_responses(model.model_copy(update={"spec": smaller}), some)
+    otherwise = model.spec.model_copy(update={"batch_tokens": _OTHER_BATCH_TOKENS, "batching": "padded"})
+    again = score_responses(model.model_copy(update={"spec": otherwise}), some)
     return compare_repeated(scores, again.scores)
 
 

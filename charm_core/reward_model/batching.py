@@ -1,7 +1,9 @@
 """Which texts share a batch: length-sorted, under a token budget. Pure arithmetic over token counts, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from charm_core.reward_model.packing import PrefixGroup, packed_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +39,37 @@ def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]
     return batches
 
 
-def share_out(
-    groups: Sequence[PairGroup], lengths: Sequence[int], *, ranks: int, budget: int
-) -> list[list[list[PairGroup]]]:
+Cost = Callable[[Sequence[PairGroup]], int]
+"""Tokens that groups make the model compute when they go through it together."""
+
+
+def padded_cost(lengths: Sequence[int]) -> Cost:
+    """The cost of texts that are filled up to the longest of them."""
+
+    def cost(groups: Sequence[PairGroup]) -> int:
+        return sum(len(group.texts) for group in groups) * max(
+            lengths[text] for group in groups for text in group.texts
+        )
+
+    return cost
+
+
+def packed_cost(prefixes: Mapping[str, Sequence[PrefixGroup]], lengths: Sequence[int]) -> Cost:
+    """The cost of texts side by side, where what they share counts once.
+
+    Args:
+        prefixes: What the texts of each prompt id share.
+        lengths: Tokens per text.
+    """
+    own = {prompt_id: sum(packed_tokens(group, lengths) for group in groups) for prompt_id, groups in prefixes.items()}
+
+    def cost(groups: Sequence[PairGroup]) -> int:
+        return sum(own[group.prompt_id] for group in groups)
+
+    return cost
+
+
+def share_out(groups: Sequence[PairGroup], cost: Cost, *, ranks: int, budget: int) -> list[list[list[PairGroup]]]:
     """Deal one step's groups out to the ranks and into micro-batches.
 
     Groups go, most tokens first, to the rank with the fewest tokens so far. A group is never split: one that exceeds the
@@ -48,38 +78,29 @@ def share_out(
 
     Args:
         groups: The step's groups.
-        lengths: Tokens per text.
+        cost: Of groups that go through the model together.
         ranks: Number of processes.
-        budget: Most tokens per micro-batch, padding included.
+        budget: Most tokens per micro-batch.
 
     Returns:
         Per rank, its micro-batches, each a list of groups.
     """
-
-    def tokens(group: PairGroup) -> int:
-        return sum(lengths[text] for text in group.texts)
-
     shares: list[list[PairGroup]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for group in sorted(groups, key=tokens, reverse=True):
+    for group in sorted(groups, key=lambda group: -cost([group])):
         lightest = loads.index(min(loads))
         shares[lightest].append(group)
-        loads[lightest] += tokens(group)
-    dealt = [_micro_batches(share, lengths, budget) for share in shares]
+        loads[lightest] += cost([group])
+    dealt = [_micro_batches(share, cost, budget) for share in shares]
     most = max(len(batches) for batches in dealt)
     return [batches + [[] for _ in range(most - len(batches))] for batches in dealt]
 
 
-def _micro_batches(groups: Sequence[PairGroup], lengths: Sequence[int], budget: int) -> list[list[PairGroup]]:
-    def longest(group: PairGroup) -> int:
-        return max(lengths[text] for text in group.texts)
-
+def _micro_batches(groups: Sequence[PairGroup], cost: Cost, budget: int) -> list[list[PairGroup]]:
     batches: list[list[PairGroup]] = []
-    texts = width = 0
-    for group in sorted(groups, key=longest, reverse=True):
-        if not batches or width * (texts + len(group.texts)) > budget:
+    # widest first, so that what is filled up is filled up with next to nothing
+    for group in sorted(groups, key=lambda group: -cost([group]) / len(group.texts)):
+        if not batches or cost([*batches[-1], group]) > budget:
             batches.append([])
-            texts, width = 0, longest(group)
         batches[-1].append(group)
-        texts += len(group.texts)
     return batches

@@ -23,7 +23,7 @@ class Engine(Protocol):
 
     world_size: int
 
-    def score(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: Mapping[str, Any]) -> Tensor:
         """Scores of a batch; with more than one rank all must call this equally often."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -70,7 +70,7 @@ class PlainEngine:
         self._optimizer = torch.optim.AdamW(parameter_groups(network, config), betas=config.adam_betas)
         self._max_grad_norm = config.max_grad_norm
 
-    def score(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: Mapping[str, Any]) -> Tensor:
         """Scores of a batch."""
         return cast(Tensor, self._network(**batch))
 
@@ -128,7 +128,7 @@ class ZeroEngine:
         if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def score(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: Mapping[str, Any]) -> Tensor:
         """Scores of a batch."""
         return cast(Tensor, self._engine(**batch))
 

@@ -17,9 +17,16 @@ class ScoringSummary(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     texts: int = Field(description="Responses scored.")
-    distinct_texts: int = Field(description="Different token sequences among them; each is scored once.")
+    distinct_texts: int = Field(description="Different token sequences of a prompt among them; each is scored once.")
     tokens: int = Field(description="Tokens of the distinct texts.")
+    computed_tokens: int | None = Field(
+        default=None, description="Tokens that went through the model: padding included, what texts share once."
+    )
     padding_share: float = Field(description="Share of padding in what went through the model.")
+    batching: str = Field(default="padded", description="packed or padded; see ``RewardModelSpec.batching``.")
+    batch_drift: float | None = Field(
+        default=None, description="Largest difference between a score in a batch and alone, among some of the texts."
+    )
     max_length: int = Field(description="The limit in tokens that was in force.")
     longest_text: int = Field(description="Tokens of the longest text, after cutting.")
     prompts_cut: int = Field(description="Texts whose prompt was cut.")

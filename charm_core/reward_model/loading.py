@@ -31,6 +31,8 @@ class RewardModel:
     spec: RewardModelSpec
     """As asked for, with ``kind`` found out and ``max_length`` lowered to what the model can take."""
     device: torch.device
+    packed: bool = False
+    """Whether the network takes packed rows, and only those; see ``text_scoring.choose_batching``."""
 
 
 def check_reward_model(spec: RewardModelSpec) -> None:

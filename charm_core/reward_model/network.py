@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from charm_core.errors import TrainingError
+from charm_core.reward_model.attention import PACKED, Layout
+from charm_core.reward_model.packing import PrefixGroup, lay_out
 from charm_core.reward_model.rendering import Rendered
 
 
@@ -26,23 +28,39 @@ class Float32Head(nn.Linear):
 class RewardNetwork(nn.Module, ABC):
     """What scoring needs of a reward model of any kind."""
 
+    looks_ahead: bool = False
+    """Whether hidden states depend on what comes later, so that nothing can be shared."""
+
+    @property
+    def packable(self) -> Any:
+        """The transformer to which packed rows can be given; None where the kind cannot take them."""
+        return None
+
+    def places(self, text: Rendered) -> tuple[int, ...]:
+        """Positions in a text whose hidden states the score is read from: the same number for every text."""
+        return (len(text.input_ids) - 1,)
+
     @abstractmethod
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
-        last_positions: Tensor,
+        places: Tensor,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         response_starts: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
-        """Score a batch.
+        """Score a batch: texts padded on the right, or one packed row.
 
         Args:
-            input_ids: Token ids, texts × tokens, padded on the right.
-            attention_mask: 1 for real tokens, 0 for padding; same shape.
-            last_positions: Position of each text's last real token.
-            token_type_ids: Segment ids, for models that use them; same shape.
+            input_ids: Token ids, texts × tokens; of a packed row, 1 × tokens.
+            places: See ``places``, texts × places; of a packed row, indices into it.
+            attention_mask: 1 for real tokens, 0 for padding; same shape as ``input_ids``. None with a packed row.
+            token_type_ids: Segment ids, for models that use them; same shape as ``input_ids``.
             response_starts: Position of each response's first token, for kinds that need it.
+            position_ids: Of a packed row: each token's position in its text; same shape as ``input_ids``.
+            layout: Of a packed row.
 
         Returns:
             float32 scores, one per text.
@@ -76,15 +94,29 @@ class TrainableNetwork(RewardNetwork):
         return torch.autocast(device.type, dtype=lower, enabled=lower is not None)
 
 
-def last_hidden(backbone: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def last_hidden(
+    backbone: Any, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, layout: Layout | None
+) -> Tensor:
     """Hidden states after the last layer of a decoder, texts × tokens × width."""
-    states = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    packed = {} if layout is None else {"position_ids": position_ids, "layout": layout}
+    states = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)
     return cast(Tensor, states.last_hidden_state)
 
 
-def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """One hidden state per text."""
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), positions]
+def at_places(hidden: Tensor, places: Tensor, layout: Layout | None) -> Tensor:
+    """The hidden states that are read, texts × places × width."""
+    if layout is not None:
+        return hidden[0, places]
+    return hidden[torch.arange(len(places), device=hidden.device)[:, None], places]
+
+
+def let_pack(network: RewardNetwork) -> bool:
+    """Let a network take packed rows, and only those; whether it can."""
+    transformer = network.packable
+    if transformer is None or not getattr(transformer, "_supports_attention_backend", False):
+        return False
+    transformer.set_attn_implementation(PACKED)
+    return True
 
 
 def trainable(network: RewardNetwork, path: str) -> TrainableNetwork:
@@ -128,8 +160,12 @@ def checkpoint_gradients(network: TrainableNetwork) -> None:
             module.training = True
 
 
-def collate(texts: Sequence[Rendered], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Pad texts on the right to the longest of them: the keyword arguments of ``RewardNetwork.forward``."""
+Batch = dict[str, Any]
+"""The keyword arguments of ``RewardNetwork.forward``."""
+
+
+def collate(texts: Sequence[Rendered], pad_token_id: int, device: torch.device, network: RewardNetwork) -> Batch:
+    """Pad texts on the right to the longest of them."""
     width = max(len(text.input_ids) for text in texts)
     ids = torch.full((len(texts), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros((len(texts), width), dtype=torch.long)
@@ -140,9 +176,39 @@ def collate(texts: Sequence[Rendered], pad_token_id: int, device: torch.device) 
         mask[row, :length] = 1
         if text.token_type_ids is not None:
             types[row, :length] = torch.tensor(text.token_type_ids)
-    batch = {"input_ids": ids, "attention_mask": mask, "last_positions": mask.sum(dim=1) - 1}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "places": torch.tensor([network.places(text) for text in texts]),
+    }
     if any(text.token_type_ids is not None for text in texts):
         batch["token_type_ids"] = types
     if texts[0].response_start is not None:
         batch["response_starts"] = torch.tensor([text.response_start for text in texts])
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def pack(
+    groups: Sequence[PrefixGroup], texts: Sequence[Rendered], device: torch.device, network: RewardNetwork
+) -> Batch:
+    """Put texts into one packed row; the scores are in the order of the groups' texts.
+
+    Args:
+        groups: Which texts, and what they share.
+        texts: All texts; the groups hold indices into them.
+        device: Where to.
+        network: Which will score them.
+    """
+    row = lay_out(groups, texts)
+    places = [
+        [row.index(number, place) for place in network.places(texts[text])] for number, text in enumerate(row.texts)
+    ]
+    batch: Batch = {
+        "input_ids": torch.tensor([row.input_ids], device=device),
+        "position_ids": torch.tensor([row.position_ids], device=device),
+        "places": torch.tensor(places, device=device),
+        "layout": Layout(row.segments, device),
+    }
+    if row.token_type_ids is not None:
+        batch["token_type_ids"] = torch.tensor([row.token_type_ids], device=device)
+    return batch

@@ -1,31 +1,31 @@
 """Scores of responses, exact and independent of what else is in the batch.
 
-Texts are rendered once, identical ones scored once, and sorted by length into batches under a token budget. In float32 the
-score of a text moves by less than 1e-5 with the batch that it is in.
+Texts are rendered once, identical ones of a prompt scored once. In float32 the score of a text moves by less than 1e-5 with the
+batch that it is in; by how much it moved is measured on some of the texts and reported. While the model works on some texts, the
+next are rendered beside it, and no more than those are held as tokens.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import comb
 
 import polars as pl
-import torch
 
 from charm_core.errors import ModelError, TableError
-from charm_core.reward_model.batching import token_budget_batches
 from charm_core.reward_model.jobs import ScoringSummary
 from charm_core.reward_model.loading import RewardModel, load_reward_model
-from charm_core.reward_model.network import collate
 from charm_core.reward_model.rendering import Rendered, render
 from charm_core.reward_model.spec import RewardModelSpec
+from charm_core.reward_model.text_scoring import BatchingCheck, Progress, choose_batching, run_texts
 from charm_core.tables import PROMPTS, RESPONSES, SCORES, validate
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called with (texts scored so far, texts to score)."""
+WINDOW_TEXTS = 8192
+"""Texts that are held as tokens at once; batches do not reach over its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,31 @@ class ScoringResult:
     summary: ScoringSummary
     cuts: pl.DataFrame
     """Columns prompt_id, policy_model, prompt_cut and response_cut: one row per response."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """Some of the responses, all those to a prompt together."""
+
+    rows: tuple[int, ...]
+    owners: tuple[str, ...]
+    """Their prompts."""
+    texts: tuple[Rendered, ...]
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """What scoring has met so far, in the order of the rows it came to."""
+
+    rows: list[int]
+    scores: list[float]
+    prompt_cut: list[bool]
+    response_cut: list[bool]
+    distinct: int = 0
+    tokens: int = 0
+    computed: int = 0
+    longest: int = 0
+    check: BatchingCheck | None = None
 
 
 def score_responses(
@@ -58,41 +83,90 @@ def score_responses(
     """
     asked = _join(prompts, responses)
     model = load_reward_model(spec)
-    rendered = [
-        render(model.tokenizer, messages, response, model.spec)
-        for messages, response in zip(asked["messages"].to_list(), asked["response"].to_list(), strict=True)
-    ]
-    distinct: dict[Rendered, int] = {}
-    positions = [distinct.setdefault(_identity(text), len(distinct)) for text in rendered]
-    values = score_texts(model, list(distinct), progress)
-    scores = asked.select("prompt_id", "policy_model").with_columns(
-        pl.Series("score", [values[position] for position in positions], dtype=pl.Float64)
-    )
+    tally = _Tally(rows=[], scores=[], prompt_cut=[], response_cut=[])
+    for window in _windows(model, asked):
+        if tally.check is None:
+            model, tally.check = choose_batching(model, window.texts, window.owners)
+        _score_window(model, window, tally, asked.height, progress)
+    met = pl.DataFrame(
+        {
+            "row": pl.Series(tally.rows, dtype=pl.Int64),
+            "score": pl.Series(tally.scores, dtype=pl.Float64),
+            "prompt_cut": pl.Series(tally.prompt_cut, dtype=pl.Boolean),
+            "response_cut": pl.Series(tally.response_cut, dtype=pl.Boolean),
+        }
+    ).sort("row")
+    whole = pl.concat([asked.select("prompt_id", "policy_model"), met.drop("row")], how="horizontal")
+    scores = whole.select("prompt_id", "policy_model", "score")
     _check_scores(scores, spec)
     scores = validate(scores, SCORES)
-    summary = _summary(model.spec, asked, rendered, list(distinct), scores)
+    summary = _summary(model.spec, asked, tally, scores)
     logger.info("scored %d texts (%d distinct) with %s", summary.texts, summary.distinct_texts, spec.path)
-    cuts = asked.select("prompt_id", "policy_model").with_columns(
-        pl.Series(name, [getattr(text, name) for text in rendered], dtype=pl.Boolean)
-        for name in ("prompt_cut", "response_cut")
-    )
+    cuts = whole.select("prompt_id", "policy_model", "prompt_cut", "response_cut")
     return ScoringResult(scores=scores, summary=summary, cuts=cuts)
 
 
-def score_texts(model: RewardModel, texts: Sequence[Rendered], progress: Progress | None = None) -> list[float]:
-    """Score rendered texts in batches under ``model.spec.batch_tokens``; scores in the order of the texts."""
-    values = [0.0] * len(texts)
-    done = 0
-    for batch in token_budget_batches([len(text.input_ids) for text in texts], model.spec.batch_tokens):
-        inputs = collate([texts[index] for index in batch], model.pad_token_id, model.device)
-        with torch.inference_mode():
-            scores = model.network(**inputs).tolist()
-        for index, score in zip(batch, scores, strict=True):
-            values[index] = score
-        done += len(batch)
+def _windows(model: RewardModel, asked: pl.DataFrame) -> Iterator[_Window]:
+    """The responses as tokens; the next window is rendered in a thread while one is used."""
+    by_prompt = (
+        asked.with_row_index("row").with_columns(first=pl.col("row").min().over("prompt_id")).sort("first", "row")
+    )
+    starts = [0]
+    for start, size in (
+        by_prompt.group_by("first", maintain_order=True)
+        .len()
+        .with_columns(start=pl.col("len").cum_sum() - pl.col("len"))
+        .select("start", "len")
+        .rows()
+    ):
+        if start > starts[-1] and start + size - starts[-1] > WINDOW_TEXTS:
+            starts.append(start)
+    ends = [*starts[1:], by_prompt.height]
+
+    def rendered(start: int, end: int) -> _Window:
+        part = by_prompt[start:end]
+        return _Window(
+            rows=tuple(part["row"].to_list()),
+            owners=tuple(part["prompt_id"].to_list()),
+            texts=tuple(
+                render(model.tokenizer, messages, response, model.spec)
+                for messages, response in part.select("messages", "response").iter_rows()
+            ),
+        )
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="render") as beside:
+        spans = list(zip(starts, ends, strict=True)) if by_prompt.height else []
+        coming = [beside.submit(rendered, *span) for span in spans[:1]]
+        for following in [*spans[1:], None]:
+            if not coming:
+                return
+            window = coming.pop().result()
+            if following is not None:
+                coming.append(beside.submit(rendered, *following))
+            yield window
+
+
+def _score_window(model: RewardModel, window: _Window, tally: _Tally, texts: int, progress: Progress | None) -> None:
+    distinct: dict[tuple[str, Rendered], int] = {}
+    positions = [
+        distinct.setdefault((owner, _identity(text)), len(distinct))
+        for owner, text in zip(window.owners, window.texts, strict=True)
+    ]
+    before, different = len(tally.rows), [text for _, text in distinct]
+
+    def report(done: int, _of: int) -> None:
         if progress is not None:
-            progress(done, len(texts))
-    return values
+            progress(before + done * len(positions) // len(distinct), texts)
+
+    found = run_texts(model, different, [owner for owner, _ in distinct], report)
+    tally.rows.extend(window.rows)
+    tally.scores.extend(found.values[position] for position in positions)
+    tally.prompt_cut.extend(text.prompt_cut for text in window.texts)
+    tally.response_cut.extend(text.response_cut for text in window.texts)
+    tally.distinct += len(different)
+    tally.tokens += sum(len(text.input_ids) for text in different)
+    tally.computed += found.computed_tokens
+    tally.longest = max(tally.longest, *(len(text.input_ids) for text in different))
 
 
 def _join(prompts: pl.DataFrame, responses: pl.DataFrame) -> pl.DataFrame:
@@ -122,26 +196,20 @@ def _check_scores(scores: pl.DataFrame, spec: RewardModelSpec) -> None:
         )
 
 
-def _summary(
-    spec: RewardModelSpec,
-    asked: pl.DataFrame,
-    rendered: Sequence[Rendered],
-    distinct: Sequence[Rendered],
-    scores: pl.DataFrame,
-) -> ScoringSummary:
-    lengths = [len(text.input_ids) for text in distinct]
-    batches = token_budget_batches(lengths, spec.batch_tokens)
-    padded = sum(len(batch) * lengths[batch[0]] for batch in batches)
+def _summary(spec: RewardModelSpec, asked: pl.DataFrame, tally: _Tally, scores: pl.DataFrame) -> ScoringSummary:
     tie_rate, smallest_gap = _ties(scores)
     return ScoringSummary(
-        texts=len(rendered),
-        distinct_texts=len(distinct),
-        tokens=sum(lengths),
-        padding_share=1 - sum(lengths) / padded,
+        texts=asked.height,
+        distinct_texts=tally.distinct,
+        tokens=tally.tokens,
+        computed_tokens=tally.computed,
+        padding_share=max(0.0, 1 - tally.tokens / tally.computed) if tally.computed else 0.0,
+        batching="packed" if tally.check is not None and tally.check.refusal is None else "padded",
+        batch_drift=None if tally.check is None else tally.check.drift,
         max_length=spec.max_length,
-        longest_text=max(lengths),
-        prompts_cut=sum(text.prompt_cut for text in rendered),
-        responses_cut=sum(text.response_cut for text in rendered),
+        longest_text=tally.longest,
+        prompts_cut=sum(tally.prompt_cut),
+        responses_cut=sum(tally.response_cut),
         empty_responses=asked.filter(pl.col("response") == "").height,
         tie_rate=tie_rate,
         smallest_gap=smallest_gap,

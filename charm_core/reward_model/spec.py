@@ -37,8 +37,19 @@ class RewardModelSpec(BaseModel):
         default="auto",
         description="Arithmetic of the backbone; auto is bfloat16 on a GPU, float32 on CPU. The head is float32.",
     )
-    batch_tokens: int = Field(
-        default=16384, ge=1, description="Most tokens in one scoring batch, padding included. Does not change a score."
+    batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Most tokens in one scoring batch, padding included; auto: what the memory allows. Does not change a score.",
+    )
+    batching: Literal["auto", "packed", "padded"] = Field(
+        default="auto",
+        description="packed: texts side by side without padding, and what responses to one prompt share is computed once; padded: "
+        "sorted by length and filled up; auto: packed where a trial gives the same scores.",
+    )
+    strict: bool = Field(
+        default=False,
+        description="Score every text alone, so that not a bit of its score depends on the others; slower. Else scores in float32 "
+        "move by less than 1e-5, in bfloat16 by what the summary reports.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         default="auto",
@@ -110,6 +121,7 @@ class RewardModelSpec(BaseModel):
 
 
 _LATER_FIELDS = {
+    "strict",
     "kind",
     "truncation_side",
     "chat_template",

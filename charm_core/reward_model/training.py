@@ -8,7 +8,7 @@ gives the same bytes, and a job that goes on from a checkpoint gives what an uni
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from charm_core.errors import ConfigError, TableError, TrainingError
-from charm_core.reward_model.batching import PairGroup, share_out
+from charm_core.reward_model.batching import Cost, PairGroup, packed_cost, padded_cost, share_out
 from charm_core.reward_model.checkpoints import load_checkpoint, save_checkpoint
 from charm_core.reward_model.engines import WEIGHT, Engine, PlainEngine, ZeroEngine
 from charm_core.reward_model.jobs import CurveRecord, TrainingJob, TrainingOutcome
 from charm_core.reward_model.loading import arithmetic_dtype, load_reward_model
 from charm_core.reward_model.losses import PairTargets, pair_losses, root_mean_square
-from charm_core.reward_model.network import TrainableNetwork, checkpoint_gradients, collate, freeze, trainable
+from charm_core.reward_model.network import TrainableNetwork, checkpoint_gradients, freeze, trainable
+from charm_core.reward_model.packing import PrefixGroup
 from charm_core.reward_model.plan import TrainingData, learning_rate_factor, plan_steps, prepare
 from charm_core.reward_model.ranks import Rank, Totals
-from charm_core.reward_model.rendering import Rendered
 from charm_core.reward_model.saving import save_model
+from charm_core.reward_model.text_scoring import choose_batching, groups_of, inputs_of
 from charm_core.reward_model.win_rates import WinRateTargets
 from charm_core.reward_model.workdir import (
     append_curve,
@@ -85,11 +86,12 @@ class _Trainer:
         self.model = load_reward_model(job.model, dtype=torch.float32, device=rank.device)
         self.pairs = validate(_read_table(job.pairs_path, "pairs"), PAIRS)
         self.data = prepare(self.pairs, self.model.tokenizer, self.model.spec)
+        self._choose_batching()
         self.steps = plan_steps(self.data.train, self.config)
         rows = [row for group in self.data.train for row in group.rows]
         self.win_rates = _win_rate_targets(job, self.pairs)
         self.scale = self.config.margin_scale or root_mean_square(torch.tensor(self.data.margins[rows]))
-        self.filler = min(self.data.texts, key=lambda text: len(text.input_ids))
+        self.filler = self.data.lengths.index(min(self.data.lengths))
         stored = load_checkpoint(job.work_dir, self.done) if self.done else {}
         self.remembered = self._first_memory(stored)
         self.engine = self._make_engine(trainable(self.model.network, job.model.path), stored)
@@ -136,6 +138,20 @@ class _Trainer:
             mark_finished(self.job, outcome)
         self.rank.barrier()
         return outcome
+
+    def _choose_batching(self) -> None:
+        """Pack rows if the model can, as in scoring; what the responses to a prompt share is found once for all steps."""
+        groups = [*self.data.train, *self.data.held_out]
+        owner = {text: group.prompt_id for group in groups for text in group.texts}
+        owners = [owner[text] for text in range(len(self.data.texts))]
+        self.model, check = choose_batching(self.model, self.data.texts, owners)
+        self.prefixes: dict[str, list[PrefixGroup]] = {group.prompt_id: [] for group in groups}
+        for prefix in groups_of(self.model, self.data.texts, owners):
+            self.prefixes[owners[prefix.texts[0]]].append(prefix)
+        self.cost: Cost = (
+            packed_cost(self.prefixes, self.data.lengths) if self.model.packed else padded_cost(self.data.lengths)
+        )
+        logger.info("texts are %s", "packed" if check.refusal is None else f"padded: {check.refusal}")
 
     def _make_engine(self, network: TrainableNetwork, moments: dict[tuple[str, str], Tensor]) -> Engine:
         with torch.no_grad():
@@ -220,17 +236,19 @@ class _Trainer:
 
     def _losses(self, batch: Sequence[PairGroup], totals: Totals, slopes: Tensor | None = None) -> Tensor:
         """Losses of the pairs of one micro-batch. An empty one goes through the model all the same, with weight 0."""
-        texts = [self.data.texts[text] for group in batch for text in group.texts]
-        scores = self._scores(texts or [self.filler])
+        prefixes = [prefix for group in batch for prefix in self.prefixes[group.prompt_id]]
+        filler = PrefixGroup(texts=(self.filler,), shared=0)
+        scores = self.engine.score(inputs_of(self.model, prefixes or [filler], self.data.texts))
         if not batch:
             return 0.0 * scores
-        chosen, rejected, rows = _pair_positions(batch)
+        texts = [text for prefix in prefixes for text in prefix.texts]
+        chosen, rejected, rows = _pair_positions(batch, {text: place for place, text in enumerate(texts)})
         targets = PairTargets(
             margin=torch.tensor(self.data.margins[rows], dtype=torch.float32, device=scores.device),
             level=torch.tensor(self.data.levels[rows], dtype=torch.float32, device=scores.device),
         )
         losses = pair_losses(scores[chosen], scores[rejected], targets, self.config, self.scale)
-        totals.add(losses, scores[chosen], scores[rejected], sum(len(text.input_ids) for text in texts))
+        totals.add(losses, scores[chosen], scores[rejected], sum(self.data.lengths[text] for text in texts))
         if self.win_rates is None:
             return losses
         sums = self.win_rates.sums(self.win_rates.wins(scores[chosen], scores[rejected], rows), rows)
@@ -241,12 +259,9 @@ class _Trainer:
         wins = self.win_rates.smooth_wins(scores[chosen], scores[rejected], rows, temperature)
         return losses + self.win_rates.linear_losses(wins, rows, slopes)
 
-    def _scores(self, texts: Sequence[Rendered]) -> Tensor:
-        return self.engine.score(collate(texts, self.model.pad_token_id, self.rank.device))
-
     def _share(self, groups: Sequence[PairGroup]) -> list[list[PairGroup]]:
         budget = self.config.micro_batch_tokens
-        return share_out(groups, self.data.lengths, ranks=self.rank.world_size, budget=budget)[self.rank.number]
+        return share_out(groups, self.cost, ranks=self.rank.world_size, budget=budget)[self.rank.number]
 
     def _evaluate(self) -> CurveRecord:
         totals = Totals()
@@ -313,18 +328,19 @@ def _win_rate_targets(job: TrainingJob, pairs: pl.DataFrame) -> WinRateTargets |
     return WinRateTargets(pairs, _read_table(job.ratings_path, "ratings"))
 
 
-def _pair_positions(batch: Sequence[PairGroup]) -> tuple[list[int], list[int], list[int]]:
-    """Of a micro-batch's pairs: positions of chosen and of rejected among its texts, and rows of the pairs table."""
-    chosen: list[int] = []
-    rejected: list[int] = []
-    rows: list[int] = []
-    start = 0
-    for group in batch:
-        chosen.extend(start + pair[0] for pair in group.pairs)
-        rejected.extend(start + pair[1] for pair in group.pairs)
-        rows.extend(group.rows)
-        start += len(group.texts)
-    return chosen, rejected, rows
+def _pair_positions(batch: Sequence[PairGroup], places: Mapping[int, int]) -> tuple[list[int], list[int], list[int]]:
+    """Of a micro-batch's pairs: places of chosen and of rejected among its scores, and rows of the pairs table.
+
+    Args:
+        batch: The groups of the micro-batch.
+        places: Of each text among the scores.
+    """
+    pairs = [(group.texts[chosen], group.texts[rejected]) for group in batch for chosen, rejected in group.pairs]
+    return (
+        [places[chosen] for chosen, _ in pairs],
+        [places[rejected] for _, rejected in pairs],
+        [row for group in batch for row in group.rows],
+    )
 
 
 def _pairwise_tokens(group: PairGroup, data: TrainingData) -> int:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from charm_core.errors import ModelError
+from charm_core.reward_model.attention import Layout
 from charm_core.reward_model.heads.backbone import attention_of, check_nothing_is_made_up
-from charm_core.reward_model.network import Float32Head, TrainableNetwork, at_positions
+from charm_core.reward_model.network import Float32Head, TrainableNetwork, at_places
+from charm_core.reward_model.rendering import Rendered
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.checks import states_labels
 from charm_core.reward_model.stored.files import StoredModel
@@ -35,6 +37,7 @@ class ClassifierNetwork(TrainableNetwork):
         self.head_name = head_name(classifier)
         replace_head(classifier, self.head_name)
         self.reads_last_token = self.head_name == "score"
+        self.looks_ahead = not self.reads_last_token
         self.takes_token_types = "token_type_ids" in inspect.signature(classifier.forward).parameters
 
     @property
@@ -42,24 +45,47 @@ class ClassifierNetwork(TrainableNetwork):
         """The classifier itself."""
         return self.classifier
 
+    @property
+    def packable(self) -> Any:
+        """The transformer of a decoder, or of an encoder whose score is read as BERT's is."""
+        body = self._body()
+        pooler = getattr(body, "pooler", None)
+        as_bert = self.head_name == "classifier" and pooler is not None and not isinstance(pooler, nn.Linear)
+        return body if self.reads_last_token or as_bert else None
+
+    def places(self, text: Rendered) -> tuple[int, ...]:
+        """The last token of a decoder's text, the first of an encoder's."""
+        return (len(text.input_ids) - 1 if self.reads_last_token else 0,)
+
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
-        last_positions: Tensor,
+        places: Tensor,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         response_starts: Tensor | None = None,  # noqa: ARG002 - no matter for a classifier
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Score a batch; see ``RewardNetwork.forward``."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.takes_token_types and token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
+        if layout is not None:
+            inputs |= {"position_ids": position_ids, "layout": layout}
+        classifier = cast(Any, self.classifier)
         with self.lower_precision(input_ids.device):
-            if not self.reads_last_token:
-                return cast(Tensor, self.classifier(**inputs).logits[:, 0].float())
-            classifier = cast(Any, self.classifier)
-            hidden = getattr(classifier, classifier.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
-            return cast(Tensor, classifier.score(at_positions(hidden, last_positions))[:, 0])
+            if self.reads_last_token:
+                hidden = self._body()(**inputs, use_cache=False).last_hidden_state
+                return cast(Tensor, classifier.score(at_places(hidden, places, layout)[:, 0])[:, 0])
+            if layout is None:
+                return cast(Tensor, classifier(**inputs).logits[:, 0].float())
+            hidden = self._body()(**inputs).last_hidden_state
+            pooled = self._body().pooler(at_places(hidden, places, layout))
+            return cast(Tensor, classifier.classifier(pooled)[:, 0])
+
+    def _body(self) -> Any:
+        return getattr(self.classifier, cast(Any, self.classifier).base_model_prefix, None)
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder."""

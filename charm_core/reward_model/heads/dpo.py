@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from charm_core.errors import ModelError
+from charm_core.reward_model.attention import Layout
 from charm_core.reward_model.heads.backbone import attention_of, check_nothing_is_made_up
 from charm_core.reward_model.heads.classifier import replace_head
 from charm_core.reward_model.network import RewardNetwork
@@ -37,19 +38,21 @@ class ImplicitRewardNetwork(RewardNetwork):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
-        last_positions: Tensor,
+        places: Tensor,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,  # noqa: ARG002 - decoders have no segments
         response_starts: Tensor | None = None,
+        position_ids: Tensor | None = None,  # noqa: ARG002 - its texts are padded
+        layout: Layout | None = None,  # noqa: ARG002
     ) -> Tensor:
         """Score a batch; see ``RewardNetwork.forward``."""
-        if response_starts is None:
+        if response_starts is None or attention_mask is None:
             raise ModelError("texts for a DPO model must say where the response begins; render them with its own spec")
         first = int(response_starts.min())
         rows = max(
             1, MOST_LOGITS // ((input_ids.shape[1] - first + 1) * self.policy.config.get_text_config().vocab_size)
         )
-        batch = (input_ids, attention_mask, last_positions, response_starts)
+        batch = (input_ids, attention_mask, places[:, 0], response_starts)
         parts = [[tensor[start : start + rows] for tensor in batch] for start in range(0, len(input_ids), rows)]
         return torch.cat([self._score(*part) for part in parts])
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from charm_core.errors import ModelError
+from charm_core.reward_model.attention import Layout
 from charm_core.reward_model.heads.backbone import load_backbone, read_tensors
-from charm_core.reward_model.network import RewardNetwork, at_positions, last_hidden
+from charm_core.reward_model.network import RewardNetwork, at_places, last_hidden
+from charm_core.reward_model.rendering import Rendered
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.files import StoredModel
 from charm_core.reward_model.stored.gates import answer_header
@@ -52,26 +54,36 @@ class GatedNetwork(RewardNetwork):
         # The mean over quantiles and the transform are linear, so one matrix does both.
         mean_rows = regression.reshape(objectives, -1, regression.shape[1]).mean(dim=1)
         self.rewards = nn.Parameter(transform.T @ mean_rows, requires_grad=False)
-        self.register_buffer("answer_header", torch.tensor(answer_header), persistent=False)
-        self.answer_header: Tensor
+        self.answer_header = tuple(answer_header)
+
+    @property
+    def packable(self) -> Any:
+        """The transformer."""
+        return self.model
+
+    def places(self, text: Rendered) -> tuple[int, ...]:
+        """Where the gate is read, and the last token.
+
+        Raises:
+            ModelError: The text lacks the header of an answer.
+        """
+        return last_occurrence(text.input_ids, self.answer_header), len(text.input_ids) - 1
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
-        last_positions: Tensor,
+        places: Tensor,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,  # noqa: ARG002 - decoders have no segments
-        response_starts: Tensor | None = None,  # noqa: ARG002 - the gate finds its own place
+        response_starts: Tensor | None = None,  # noqa: ARG002 - the gate has its own place
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
-        """Score a batch; see ``RewardNetwork.forward``.
-
-        Raises:
-            ModelError: A text lacks the header of an answer.
-        """
-        hidden = last_hidden(self.model, input_ids, attention_mask)
-        weights = self.gate(at_positions(hidden, last_occurrence(input_ids, self.answer_header)).float())
-        rewards = nn.functional.linear(at_positions(hidden, last_positions).float(), self.rewards)
-        return cast(Tensor, (weights * rewards).sum(dim=1))
+        """Score a batch; see ``RewardNetwork.forward``."""
+        hidden = last_hidden(self.model, input_ids, attention_mask, position_ids, layout)
+        read = at_places(hidden, places, layout).float()
+        rewards = nn.functional.linear(read[:, 1], self.rewards)
+        return cast(Tensor, (self.gate(read[:, 0]) * rewards).sum(dim=1))
 
 
 class Gate(nn.Module):
@@ -89,21 +101,20 @@ class Gate(nn.Module):
         return torch.softmax(self.layers(hidden) / self.temperature, dim=1) * self.scale
 
 
-def last_occurrence(input_ids: Tensor, pattern: Tensor) -> Tensor:
-    """Where the pattern begins for the last time, per text.
+def last_occurrence(token_ids: Sequence[int], pattern: Sequence[int]) -> int:
+    """Where the pattern begins for the last time in a text.
 
     Raises:
-        ModelError: A text lacks it.
+        ModelError: The text lacks it.
     """
-    windows = input_ids.unfold(1, len(pattern), 1) if input_ids.shape[1] >= len(pattern) else input_ids[:, :0, None]
-    found = (windows == pattern).all(dim=2)
-    if not found.any(dim=1).all():
-        raise ModelError(
-            f"a text lacks the tokens {pattern.tolist()}, which begin the answer and tell the gate where to read: use the chat "
-            "template that the reward model was trained with"
-        )
-    places = torch.arange(found.shape[1], device=found.device)
-    return torch.where(found, places, -1).max(dim=1).values
+    wanted = tuple(pattern)
+    for place in range(len(token_ids) - len(wanted), -1, -1):
+        if tuple(token_ids[place : place + len(wanted)]) == wanted:
+            return place
+    raise ModelError(
+        f"a text lacks the tokens {list(wanted)}, which begin the answer and tell the gate where to read: use the chat "
+        "template that the reward model was trained with"
+    )
 
 
 def load(files: ModelFiles, spec: RewardModelSpec, dtype: torch.dtype, tokenizer: Any) -> GatedNetwork:

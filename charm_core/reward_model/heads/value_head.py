@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from charm_core.errors import ModelError
+from charm_core.reward_model.attention import Layout
 from charm_core.reward_model.heads.backbone import load_backbone, read_tensors
-from charm_core.reward_model.network import Float32Head, TrainableNetwork, at_positions, last_hidden
+from charm_core.reward_model.network import Float32Head, TrainableNetwork, at_places, last_hidden
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.files import StoredModel
 from charm_core.reward_model.stored.kinds import ModelFiles
@@ -50,18 +51,25 @@ class ValueHeadNetwork(TrainableNetwork):
         """The transformer under the head."""
         return self.classifier.model
 
+    @property
+    def packable(self) -> Any:
+        """The transformer."""
+        return self.classifier.model
+
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
-        last_positions: Tensor,
+        places: Tensor,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,  # noqa: ARG002 - decoders have no segments
         response_starts: Tensor | None = None,  # noqa: ARG002 - no matter for a value head
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Score a batch; see ``RewardNetwork.forward``."""
         with self.lower_precision(input_ids.device):
-            hidden = last_hidden(self.classifier.model, input_ids, attention_mask)
-            value: Tensor = self.classifier.v_head.summary(at_positions(hidden, last_positions))
+            hidden = last_hidden(self.classifier.model, input_ids, attention_mask, position_ids, layout)
+            value: Tensor = self.classifier.v_head.summary(at_places(hidden, places, layout)[:, 0])
         return value[:, 0]
 
     def save(self, folder: Path) -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from charm_core.errors import TableError
-from charm_core.reward_model.batching import PairGroup, share_out, token_budget_batches
+from charm_core.reward_model.batching import PairGroup, padded_cost, share_out, token_budget_batches
 from charm_core.reward_model.plan import learning_rate_factor, plan_steps, prepare
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from tests.charm_core.reward_model.tiny import _pair_row as pair_row
@@ -44,7 +44,7 @@ def test_batches_hold_every_text_once_within_the_budget_longest_first(counts, bu
 def test_every_group_goes_whole_to_one_rank_and_ranks_have_equally_many_micro_batches(sizes, ranks, budget, random):
     groups = groups_of(sizes)
     counts = [random.randint(1, 30) for _ in range(sum(sizes))]
-    shares = share_out(groups, counts, ranks=ranks, budget=budget)
+    shares = share_out(groups, padded_cost(counts), ranks=ranks, budget=budget)
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1
     dealt = [group.prompt_id for share in shares for batch in share for group in batch]

@@ -12,10 +12,18 @@ from charm_core.errors import TableError
 from charm_core.reward_model.loading import load_reward_model
 from charm_core.reward_model.network import collate
 from charm_core.reward_model.rendering import render
-from charm_core.reward_model.scoring import score_responses, score_texts
+from charm_core.reward_model.scoring import score_responses
+from charm_core.reward_model.text_scoring import score_texts
 from charm_core.reward_model.spec import RewardModelSpec
 from tests.charm_core.reward_model.kinds import save_adapter, save_causal, save_gated, save_value_head
-from tests.charm_core.reward_model.tiny import ARCHITECTURES, messages, prompts_and_responses, save_model, sentence
+from tests.charm_core.reward_model.tiny import (
+    ARCHITECTURES,
+    DECODERS,
+    messages,
+    prompts_and_responses,
+    save_model,
+    sentence,
+)
 
 SHARED = Path(__file__).parents[4] / "shared"
 TOLERANCE = 1e-5
@@ -46,7 +54,7 @@ def test_scores_are_those_of_the_plain_hugging_face_call(models, name):
         if text.token_type_ids is not None and name == "bert":
             inputs["token_type_ids"] = torch.tensor([text.token_type_ids])
         with torch.no_grad():
-            hidden = plain.base_model(**inputs)[0] if name in ("qwen3", "llama") else None
+            hidden = plain.base_model(**inputs)[0] if name in DECODERS else None
             # The call itself looks for the last token that is not a pad token, and here pad == eos.
             expected = plain(**inputs).logits[0, 0] if hidden is None else plain.score(hidden[0, -1])[0]
         assert score == pytest.approx(expected.item(), abs=TOLERANCE)
@@ -73,7 +81,9 @@ def test_what_is_in_the_padding_does_not_matter(models, name):
     model = models[name]
     texts = texts_of(model, 3)
     with torch.inference_mode():
-        one, other = (model.network(**collate(texts, pad, model.device)) for pad in (model.pad_token_id, 17))
+        one, other = (
+            model.network(**collate(texts, pad, model.device, model.network)) for pad in (model.pad_token_id, 17)
+        )
     torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
 
 
@@ -109,7 +119,7 @@ def test_a_table_is_scored_and_summarised(models):
     assert summary.smallest_gap == pytest.approx(min(gap for gap in gaps if gap > 0))
     assert summary.responses_cut > 0
     assert summary.max_length == summary.longest_text == 16
-    assert calls[-1] == (18, 18)
+    assert calls[-1] == (24, 24)
 
 
 def test_a_table_is_scored_with_a_model_of_any_kind(tmp_path):

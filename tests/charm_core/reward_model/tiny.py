@@ -12,7 +12,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     DebertaV2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
@@ -22,7 +25,10 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<bos>", "<eos>", "<user>", "<ass
 CHAT_TEMPLATE = (
     "{{ '<bos>' }}{% for m in messages %}{{ '<' + m['role'] + '>' }} {{ m['content'] }} {{ '<eos>' }}{% endfor %}"
 )
-ARCHITECTURES = ("qwen3", "llama", "bert", "deberta")
+ARCHITECTURES = ("qwen3", "llama", "mistral", "gemma2", "gemma3", "bert", "deberta")
+DECODERS = ("qwen3", "llama", "mistral", "gemma2", "gemma3")
+# far less than a text is long, so that it matters
+WINDOW = 7
 VOCABULARY = {token: number for number, token in enumerate((*SPECIAL, *WORDS))}
 
 
@@ -77,6 +83,14 @@ def config_of(architecture: str, **changes: Any) -> Any:
         return Qwen3Config(**(shape | decoder | changes))
     if architecture == "llama":
         return LlamaConfig(**(shape | decoder | changes))
+    if architecture == "mistral":
+        return MistralConfig(**(shape | decoder | {"sliding_window": WINDOW} | changes))
+    if architecture == "gemma2":
+        small = {"sliding_window": WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
+        return Gemma2Config(**(shape | decoder | small | changes))
+    if architecture == "gemma3":
+        small = {"sliding_window": WINDOW, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2}
+        return Gemma3TextConfig(**(shape | decoder | small | changes))
     if architecture == "bert":
         return BertConfig(**shape)
     return DebertaV2Config(**shape, relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from charm_core.errors import ModelError
-from charm_core.reward_model.scoring import score_texts
+from charm_core.reward_model.text_scoring import score_texts
 from tests.charm_core.reward_model.kinds import (
     LLAMA_TEMPLATE,
     change_json,

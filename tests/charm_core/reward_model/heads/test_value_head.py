@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from charm_core.errors import ModelError
 from charm_core.reward_model.network import collate
-from charm_core.reward_model.scoring import score_texts
+from charm_core.reward_model.text_scoring import score_texts
 from tests.charm_core.reward_model.kinds import (
     VOCABULARY,
     change_weights,
@@ -56,7 +56,7 @@ def test_a_score_does_not_depend_on_its_batch_nor_on_the_padding(tmp_path):
     alone = [score_texts(model, [text])[0] for text in texts]
     assert score_texts(model, texts) == pytest.approx(alone, abs=TOLERANCE)
     with torch.inference_mode():
-        other = model.network(**collate(texts, VOCABULARY["w3"], model.device)).tolist()
+        other = model.network(**collate(texts, VOCABULARY["w3"], model.device, model.network)).tolist()
     assert other == pytest.approx(alone, abs=TOLERANCE)
 
 

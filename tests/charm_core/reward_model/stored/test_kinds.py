@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from charm_core.errors import ModelError
-from charm_core.reward_model.scoring import score_texts
+from charm_core.reward_model.text_scoring import score_texts
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.kinds import open_files
 from tests.charm_core.reward_model.kinds import (

@@ -1,0 +1,247 @@
+"""Attention over packed rows (see ``packing``), as an attention function of transformers.
+
+Every model that gets its attention through transformers' interface can take packed rows.
+
+On a GPU in half precision all segments go through one call of PyTorch's variable-length flash attention. Elsewhere each
+segment has a call of its own, which at the lengths of real texts costs next to nothing beside the arithmetic.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from charm_core.errors import ModelError
+from charm_core.reward_model.packing import Segment
+
+PACKED = "charm_packed"
+"""What transformers knows it by."""
+
+# What models give to their attention besides; none of it changes what attends to what in a packed row.
+_HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
+
+
+class Layout:
+    """The segments of a row, as attention needs them."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self.segments = tuple(segments)
+        self.device = device
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether any segment goes on from another."""
+        return any(segment.prefix_length for segment in self.segments)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Indices into the row of what each segment attends to, one segment after the other."""
+        return torch.cat(
+            [
+                torch.arange(start, start + length)
+                for segment in self.segments
+                for start, length in (
+                    (segment.prefix_start, segment.prefix_length),
+                    (segment.start, segment.length),
+                )
+            ]
+        ).to(self.device)
+
+    @cached_property
+    def query_ends(self) -> Tensor:
+        """Where segments begin, and the last ends, in the row; int32."""
+        return self._ends([segment.length for segment in self.segments])
+
+    @cached_property
+    def key_ends(self) -> Tensor:
+        """Where they begin, and the last ends, in ``keys``; int32."""
+        return self._ends([segment.prefix_length + segment.length for segment in self.segments])
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """Most tokens of a segment, and most tokens that one attends to."""
+        return (
+            max(segment.length for segment in self.segments),
+            max(segment.prefix_length + segment.length for segment in self.segments),
+        )
+
+    def mask(self, segment: Segment, window: int | None) -> Tensor | None:
+        """Which of a segment's tokens (rows) see which of its keys (columns); None where causality says it all.
+
+        Args:
+            segment: One of this layout.
+            window: How many tokens a token sees, itself included; None: all before it.
+        """
+        keys = segment.prefix_length + segment.length
+        if window is not None and window >= keys:
+            window = None
+        if window is None and not segment.prefix_length:
+            return None
+        kind = (segment.length, segment.prefix_length, window)
+        if kind not in self._masks:
+            places = torch.arange(keys, device=self.device)
+            own = places[segment.prefix_length :, None]
+            seen = places[None, :] <= own
+            if window is not None:
+                seen &= places[None, :] > own - window
+            self._masks[kind] = seen
+        return self._masks[kind]
+
+    def _ends(self, lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend within the segments of a row.
+
+    Args:
+        module: The attention layer.
+        query: 1 × heads × tokens × width.
+        key: 1 × key heads × tokens × width.
+        value: Same shape as ``key``.
+        attention_mask: None: the layout says everything.
+        layout: Of the row.
+        scaling: Factor of the products.
+        dropout: Must be 0.
+        sliding_window: How many tokens a token sees, itself included.
+        softcap: Bound of the products, by tanh.
+        is_causal: Whether a token sees only what is before it; default: what the layer says.
+        others: Anything that changes attention is an error.
+
+    Returns:
+        1 × tokens × heads × width, and no weights.
+
+    Raises:
+        ModelError: The layer wants something else of its attention.
+    """
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    _check(module, attention_mask, layout, dropout, sliding_window, others)
+    assert layout is not None  # noqa: S101 - for the type checker; _check has looked
+    if layout.shares and not causal:
+        raise ModelError("texts of a model that looks ahead cannot share their beginning")
+    keys, values = (part[:, :, layout.keys] if layout.shares else part for part in (key, value))
+    if _takes_flash(query, softcap):
+        return _flash(query, keys, values, layout, scaling, sliding_window, causal=causal), None
+    parts, at = [], 0
+    for segment in layout.segments:
+        width = segment.prefix_length + segment.length
+        own = query[:, :, segment.start : segment.start + segment.length]
+        seen, read = (_for_heads(part[:, :, at : at + width], own) for part in (keys, values))
+        mask = layout.mask(segment, sliding_window) if causal else None
+        parts.append(_attend(own, seen, read, mask, scaling, softcap, causal=causal))
+        at += width
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    *,
+    causal: bool,
+) -> Tensor:
+    """Attention of one segment; ``mask`` None: what ``causal`` says."""
+    if softcap is None:
+        # its own way to say causal is for as many queries as keys
+        alone = causal and mask is None and query.shape[2] > 1
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=alone, scale=scaling)
+    products = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    products = softcap * torch.tanh(products / softcap)
+    if causal:
+        if mask is None:
+            mask = torch.ones(products.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        products = products.masked_fill(~mask, torch.finfo(products.dtype).min)
+    return products.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _for_heads(part: Tensor, query: Tensor) -> Tensor:
+    """Keys or values with as many heads as there are queries: neighbouring query heads share one."""
+    times = query.shape[1] // part.shape[1]
+    return part if times == 1 else part.repeat_interleave(times, dim=1)
+
+
+def _takes_flash(query: Tensor, softcap: float | None) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and softcap is None and query.shape[-1] <= 256
+
+
+def _flash(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    *,
+    causal: bool,
+) -> Tensor:
+    """All segments in one call. Its causality is aligned at the ends, so that a segment sees what it goes on from."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    own, seen, read = (part[0].transpose(0, 1).contiguous() for part in (query, keys, values))
+    most_queries, most_keys = layout.longest
+    before = -1 if window is None else window - 1
+    attended = varlen_attn(
+        own,
+        seen,
+        read,
+        layout.query_ends,
+        layout.key_ends,
+        most_queries,
+        most_keys,
+        scale=scaling,
+        window_size=(before, 0) if causal else (before, before),
+        enable_gqa=query.shape[1] != keys.shape[1],
+        # otherwise how a text is computed depends on the longest one beside it
+        num_splits=1,
+    )
+    return cast(Tensor, attended).unsqueeze(0)
+
+
+def _check(
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    layout: Layout | None,
+    dropout: float,
+    sliding_window: int | None,
+    others: dict[str, Any],
+) -> None:
+    name = type(module).__name__
+    if layout is None:
+        raise ModelError(f"{name} does not hand the layout of packed rows on to its attention; set batching='padded'")
+    if attention_mask is not None or dropout:
+        raise ModelError(f"{name} wants a mask or dropout, which packed rows have not; set batching='padded'")
+    unknown = sorted(key for key, found in others.items() if found is not None and key not in _HARMLESS)
+    if unknown:
+        raise ModelError(f"{name} wants {unknown} of its attention, which packed rows have not; set batching='padded'")
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    number = getattr(module, "layer_idx", None)
+    if types is not None and number is not None and types[number] != "full_attention" and sliding_window is None:
+        raise ModelError(
+            f"{name} has {types[number]} without saying how far it sees, so packed rows cannot be had; set batching='padded'"
+        )
+
+
+AttentionInterface.register(PACKED, packed_attention)

@@ -1,0 +1,282 @@
+"""Rendered texts to scores: the inner loop of scoring.
+
+Texts go through the model in packed rows, where responses to one prompt share its computation, or, with models that cannot take
+such rows, padded and sorted by length. Which of the two is decided by trying: a few of the very texts are scored alone the
+plain way and together the packed way, and the packed way is taken only if it gives the same scores. How far the two are apart
+is reported.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from charm_core.errors import ModelError
+from charm_core.reward_model.batching import token_budget_batches
+from charm_core.reward_model.loading import RewardModel
+from charm_core.reward_model.network import Batch, collate, let_pack, pack
+from charm_core.reward_model.packing import PrefixGroup, packed_batches, prefix_groups
+from charm_core.reward_model.rendering import Rendered
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (texts scored so far, texts to score)."""
+
+CPU_BATCH_TOKENS = 4096
+MOST_BATCH_TOKENS = 65536
+"""More tokens at once make no GPU faster."""
+PROBE_OWNERS, PROBE_TEXTS = 3, 3
+TOLERANCE = {torch.float32: 1e-4}
+LOW_PRECISION_TOLERANCE = 2**-5
+IN_FLIGHT = 2
+"""Batches whose scores are still on the GPU: reading them earlier would make it wait."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextScores:
+    """Scores of texts, and what it took."""
+
+    values: list[float]
+    computed_tokens: int
+    """Tokens that went through the model: padding included, what is shared once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingCheck:
+    """What trying a few texts both ways has shown."""
+
+    texts: int
+    drift: float
+    """Largest difference between a text's score in a batch and alone."""
+    refusal: str | None
+    """Why rows are not packed; None: they are."""
+
+
+def choose_batching(
+    model: RewardModel, texts: Sequence[Rendered], owners: Sequence[Hashable]
+) -> tuple[RewardModel, BatchingCheck]:
+    """Find out whether a model can take packed rows, by trying, and make it take them.
+
+    Args:
+        model: As it was loaded. The network of the one that is returned is the same object and takes only packed rows if the
+            returned one is packed.
+        texts: What will be scored.
+        owners: Per text what it belongs to; see ``prefix_groups``.
+
+    Raises:
+        ModelError: Packed rows are asked for and cannot be had.
+    """
+    probe = _probe(texts, owners)
+    some, whose = [texts[index] for index in probe], [owners[index] for index in probe]
+    alone = [_forward(model, [_single(number)], some)[0].item() for number in range(len(some))]
+    refusal = _set_otherwise(model) or _refusal(model, some, whose, alone)
+    if isinstance(refusal, float):
+        return replace(model, packed=True), BatchingCheck(texts=len(some), drift=refusal, refusal=None)
+    if model.spec.batching == "packed":
+        raise ModelError(
+            f"the reward model {model.spec.path!r} cannot take packed rows: {refusal}; set batching='auto'"
+        )
+    if model.spec.batching == "auto":
+        logger.info("texts are padded, not packed: %s", refusal)
+    together = _forward(model, [_single(number) for number in range(len(some))], some).tolist()
+    drift = max(abs(one - other) for one, other in zip(alone, together, strict=True))
+    return model, BatchingCheck(texts=len(some), drift=drift, refusal=refusal)
+
+
+def _set_otherwise(model: RewardModel) -> str | None:
+    spec = model.spec
+    if spec.strict:
+        return "strict scores every text alone"
+    if spec.batching == "padded":
+        return "batching is 'padded'"
+    return None if spec.attention == "auto" else f"attention is {spec.attention!r}"
+
+
+def _refusal(
+    model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashable], alone: Sequence[float]
+) -> str | float:
+    """Why the model cannot take packed rows; or, if it can, the drift. Then it takes only those."""
+    transformer = model.network.packable
+    before = getattr(getattr(transformer, "config", None), "_attn_implementation", None)
+    if not let_pack(model.network):
+        return "its transformer does not get its attention through transformers' interface"
+    groups = groups_of(model, some, whose)
+    try:
+        values = _forward(replace(model, packed=True), groups, some).tolist()
+    except (ModelError, TypeError) as error:
+        transformer.set_attn_implementation(before)
+        return str(error)
+    packed = dict(zip((text for group in groups for text in group.texts), values, strict=True))
+    drift: float = max(abs(packed[number] - value) for number, value in enumerate(alone))
+    allowed = TOLERANCE.get(next(model.network.parameters()).dtype, LOW_PRECISION_TOLERANCE)
+    if not drift <= allowed * max(1.0, *map(abs, alone)):
+        transformer.set_attn_implementation(before)
+        return f"a score in a packed row is off by {drift:.2g}"
+    return drift
+
+
+def _probe(texts: Sequence[Rendered], owners: Sequence[Hashable]) -> list[int]:
+    """Texts to try: some of the owner of the longest, for windows that only long ones reach, and some of others."""
+    longest = max(range(len(texts)), key=lambda index: len(texts[index].input_ids))
+    chosen = list(dict.fromkeys([owners[longest], *owners]))[:PROBE_OWNERS]
+    found = []
+    for owner in chosen:
+        own = [index for index, other in enumerate(owners) if other == owner]
+        found.extend(sorted(own, key=lambda index: index != longest)[:PROBE_TEXTS])
+    return found
+
+
+def score_texts(
+    model: RewardModel,
+    texts: Sequence[Rendered],
+    owners: Sequence[Hashable] | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Score rendered texts; scores in the order of the texts. See ``run_texts``."""
+    return run_texts(model, texts, owners, progress).values
+
+
+def run_texts(
+    model: RewardModel,
+    texts: Sequence[Rendered],
+    owners: Sequence[Hashable] | None = None,
+    progress: Progress | None = None,
+) -> TextScores:
+    """Score rendered texts in batches under ``model.spec.batch_tokens``.
+
+    A batch that does not fit into the GPU's memory is halved, and so is every later one of its size.
+
+    Args:
+        model: See ``choose_batching``; as loaded, it gets padded batches.
+        texts: What to score.
+        owners: Per text what it belongs to, such as its prompt; default: nothing is shared.
+        progress: Called now and then.
+
+    Raises:
+        ModelError: One text alone does not fit into memory.
+    """
+    groups = groups_of(model, texts, range(len(texts)) if owners is None else owners)
+    budget = batch_tokens(model)
+    waiting = deque(plan_batches(model, texts, groups, budget))
+    values = [0.0] * len(texts)
+    running: deque[tuple[list[int], Tensor]] = deque()
+    done = computed = 0
+    while waiting or running:
+        if waiting and len(running) < IN_FLIGHT:
+            batch = waiting.popleft()
+            size = batch_size(model, batch, texts)
+            if size > budget and _texts(batch) > 1:
+                waiting.extendleft(reversed(_halves(batch)))
+                continue
+            try:
+                scores = _forward(model, batch, texts)
+            except torch.OutOfMemoryError as error:
+                if _texts(batch) == 1:
+                    raise ModelError(
+                        f"a text of {size} tokens does not fit into the GPU's memory beside the reward model {model.spec.path!r}; "
+                        "lower max_length, or use a GPU with more memory"
+                    ) from error
+                torch.cuda.empty_cache()
+                budget = size // 2
+                logger.warning("out of memory with %d tokens at once; going on with %d", size, budget)
+                waiting.appendleft(batch)
+                continue
+            computed += size
+            running.append(([index for group in batch for index in group.texts], scores))
+            continue
+        numbers, scores = running.popleft()
+        for index, score in zip(numbers, scores.tolist(), strict=True):
+            values[index] = score
+        done += len(numbers)
+        if progress is not None:
+            progress(done, len(texts))
+    return TextScores(values=values, computed_tokens=computed)
+
+
+def groups_of(model: RewardModel, texts: Sequence[Rendered], owners: Sequence[Hashable]) -> list[PrefixGroup]:
+    """Which texts share what: nothing where the model looks ahead or takes no packed rows."""
+    if model.network.packable is None or model.network.looks_ahead or model.spec.strict:
+        return [_single(number) for number in range(len(texts))]
+    return prefix_groups([text.input_ids for text in texts], owners)
+
+
+def plan_batches(
+    model: RewardModel, texts: Sequence[Rendered], groups: Sequence[PrefixGroup], budget: int
+) -> list[list[PrefixGroup]]:
+    """Which texts go through the model together."""
+    if model.spec.strict:
+        return [[group] for group in groups]
+    lengths = [len(text.input_ids) for text in texts]
+    if model.packed:
+        return packed_batches(groups, lengths, budget)
+    return [[_single(index) for index in batch] for batch in token_budget_batches(lengths, budget)]
+
+
+def batch_size(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[Rendered]) -> int:
+    """Tokens that a batch makes the model compute."""
+    if model.packed:
+        return sum(
+            group.shared + sum(len(texts[index].input_ids) - group.shared for index in group.texts) for group in batch
+        )
+    return _texts(batch) * max(len(texts[index].input_ids) for group in batch for index in group.texts)
+
+
+def batch_tokens(model: RewardModel) -> int:
+    """Most tokens in one batch: as set, or what the memory that is free allows."""
+    if model.spec.batch_tokens != "auto":
+        return model.spec.batch_tokens
+    if model.device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    free, _ = torch.cuda.mem_get_info(model.device)
+    reserved = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return budget_in(free + reserved, bytes_per_token(model))
+
+
+def budget_in(free: int, per_token: int) -> int:
+    """Tokens for which half of the free memory is enough: the estimate is rough, and a miss costs a batch."""
+    return max(1, min(MOST_BATCH_TOKENS, free // 2 // per_token))
+
+
+def bytes_per_token(model: RewardModel) -> int:
+    """Memory that a token takes in one layer: its states, keys, values, and three times the width between."""
+    weight = next(model.network.parameters())
+    layers = [parameter for parameter in model.network.parameters() if parameter.ndim == 2]
+    hidden = min(layers[0].shape)
+    widest = max(max(layer.shape) for layer in layers[1:])
+    return (3 * widest + 12 * hidden) * weight.element_size()
+
+
+def inputs_of(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[Rendered]) -> Batch:
+    """What the network gets for a batch; its scores are in the order of the groups' texts."""
+    if model.packed:
+        return pack(batch, texts, model.device, model.network)
+    together = [texts[index] for group in batch for index in group.texts]
+    return collate(together, model.pad_token_id, model.device, model.network)
+
+
+def _forward(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[Rendered]) -> Tensor:
+    with torch.inference_mode():
+        scores: Tensor = model.network(**inputs_of(model, batch, texts))
+    return scores
+
+
+def _single(index: int) -> PrefixGroup:
+    return PrefixGroup(texts=(index,), shared=0)
+
+
+def _texts(batch: Sequence[PrefixGroup]) -> int:
+    return sum(len(group.texts) for group in batch)
+
+
+def _halves(batch: Sequence[PrefixGroup]) -> list[list[PrefixGroup]]:
+    """A batch in two: its groups, or the texts of its only one."""
+    if len(batch) > 1:
+        middle = len(batch) // 2
+        return [list(batch[:middle]), list(batch[middle:])]
+    group = batch[0]
+    middle = len(group.texts) // 2
+    return [[replace(group, texts=part)] for part in (group.texts[:middle], group.texts[middle:])]
