@@ -15,8 +15,8 @@ from charm_core.errors import CharmError, ConfigError, ModelError, ServiceError
 from charm_core.reward_model.loading import RewardModel, load_reward_model
 from charm_core.reward_model.rendering import Rendered
 from charm_core.reward_model.scoring import score_responses
-from charm_core.reward_model.text_scoring import score_texts
 from charm_core.reward_model.spec import RewardModelSpec
+from charm_core.reward_model.text_scoring import score_texts
 from charm_core.tables import PROMPTS, RESPONSES, SCORES
 from tasks.caching import use_store
 from tasks.policy_models import Endpoint

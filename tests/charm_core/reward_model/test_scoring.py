@@ -13,8 +13,8 @@ from charm_core.reward_model.loading import load_reward_model
 from charm_core.reward_model.network import collate
 from charm_core.reward_model.rendering import render
 from charm_core.reward_model.scoring import score_responses
-from charm_core.reward_model.text_scoring import score_texts
 from charm_core.reward_model.spec import RewardModelSpec
+from charm_core.reward_model.text_scoring import score_texts
 from tests.charm_core.reward_model.kinds import save_adapter, save_causal, save_gated, save_value_head
 from tests.charm_core.reward_model.tiny import (
     ARCHITECTURES,

@@ -13,8 +13,8 @@ from charm_core.reward_model.loading import load_reward_model
 from charm_core.reward_model.plan import learning_rate_factor, plan_steps, prepare
 from charm_core.reward_model.preflight.run import preflight
 from charm_core.reward_model.ranks import Rank
-from charm_core.reward_model.text_scoring import score_texts
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
+from charm_core.reward_model.text_scoring import score_texts
 from charm_core.reward_model.training import train
 from charm_core.reward_model.workdir import read_curve
 from tasks.launching import run_training

@@ -2,9 +2,9 @@ import pytest
 from pydantic import ValidationError
 
 from charm_core.errors import ModelError
-from charm_core.reward_model.text_scoring import score_texts
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.kinds import open_files
+from charm_core.reward_model.text_scoring import score_texts
 from tests.charm_core.reward_model.kinds import (
     loaded,
     save_adapter,

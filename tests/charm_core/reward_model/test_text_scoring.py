@@ -1,0 +1,223 @@
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from charm_core.errors import ModelError
+from charm_core.reward_model import text_scoring
+from charm_core.reward_model.loading import load_reward_model
+from charm_core.reward_model.network import pack
+from charm_core.reward_model.rendering import render
+from charm_core.reward_model.spec import RewardModelSpec
+from charm_core.reward_model.text_scoring import budget_in, choose_batching, groups_of, run_texts, score_texts
+from tests.charm_core.reward_model import kinds
+from tests.charm_core.reward_model.tiny import ARCHITECTURES, DECODERS, messages, save_model, sentence
+
+TOLERANCE = 1e-5
+PACKABLE = (*DECODERS, "bert")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    made = {name: save_model(root / name, name) for name in ARCHITECTURES}
+    made["value_head"] = kinds.save_value_head(root / "value_head", "gemma2")
+    made["gated"] = kinds.save_gated(root / "gated")
+    return made
+
+
+@pytest.fixture(scope="module")
+def pairs(folders):
+    """Every model twice: as loaded, and packed."""
+    made = {}
+    for name, folder in folders.items():
+        plain, other = (load_reward_model(RewardModelSpec(path=str(folder))) for _ in range(2))
+        texts, owners = some_texts(plain, 0)
+        made[name] = plain, choose_batching(other, texts, owners)[0]
+    return made
+
+
+def some_texts(model, seed, prompts=4, responses=5):
+    """Responses to a few prompts: long, empty and equal ones among them."""
+    rng = np.random.default_rng(seed)
+    texts, owners = [], []
+    for owner in range(prompts):
+        prompt = messages(sentence(rng, 1, 30))
+        answers = ["", *(sentence(rng, 1, 40) for _ in range(responses - 1))]
+        answers[-1] = answers[-2] if seed % 2 else answers[-1]
+        texts.extend(render(model.tokenizer, prompt, answer, model.spec) for answer in answers)
+        owners.extend([owner] * responses)
+    return texts, owners
+
+
+@pytest.mark.parametrize("name", [*PACKABLE, "value_head", "gated"])
+def test_rows_are_packed_where_that_gives_the_same_scores(pairs, name):
+    _, packed = pairs[name]
+    assert packed.packed
+
+
+def test_a_model_with_attention_of_its_own_gets_padded_batches(folders):
+    model = load_reward_model(RewardModelSpec(path=str(folders["deberta"])))
+    texts, owners = some_texts(model, 0)
+    model, check = choose_batching(model, texts, owners)
+    assert not model.packed
+    assert "its attention" in check.refusal
+    assert check.drift <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "value_head", "gated"])
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(1, 600), order=st.permutations(range(12)))
+def test_a_score_is_the_same_alone_and_in_any_packed_batch(pairs, name, seed, budget, order):
+    plain, packed = pairs[name]
+    texts, owners = some_texts(plain, seed, prompts=3, responses=4)
+    alone = np.array([score_texts(plain, [text])[0] for text in texts])
+    other = replace(packed, spec=packed.spec.model_copy(update={"batch_tokens": budget}))
+    batched = np.empty(len(texts))
+    batched[order] = score_texts(other, [texts[index] for index in order], [owners[index] for index in order])
+    np.testing.assert_allclose(batched, alone, atol=TOLERANCE, rtol=0)
+    for one, two in combinations(range(len(texts)), 2):
+        if texts[one] == texts[two]:
+            assert abs(batched[one] - batched[two]) < TOLERANCE
+        elif abs(alone[one] - alone[two]) > TOLERANCE:
+            assert (batched[one] > batched[two]) == (alone[one] > alone[two]), "a pair has flipped"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_what_is_shared_is_computed_once(pairs, name):
+    plain, packed = pairs[name]
+    texts, owners = some_texts(plain, 2)
+    shared, each = run_texts(packed, texts, owners), run_texts(packed, texts)
+    tokens = sum(len(text.input_ids) for text in texts)
+    assert each.computed_tokens == tokens > shared.computed_tokens
+    np.testing.assert_allclose(shared.values, each.values, atol=TOLERANCE, rtol=0)
+
+
+def test_nothing_is_shared_where_a_model_looks_ahead(pairs):
+    plain, packed = pairs["bert"]
+    texts, owners = some_texts(plain, 2)
+    assert run_texts(packed, texts, owners).computed_tokens == sum(len(text.input_ids) for text in texts)
+
+
+@pytest.mark.parametrize("name", [*PACKABLE, "value_head"])
+def test_gradients_are_those_of_each_text_alone(pairs, name):
+    plain, packed = pairs[name]
+    texts, owners = some_texts(plain, 4)
+    weights = torch.linspace(-1, 1, len(texts))
+
+    def gradients(model, scores):
+        model.network.zero_grad()
+        (scores * weights).sum().backward()
+        return {
+            key: parameter.grad.clone()
+            for key, parameter in model.network.named_parameters()
+            if parameter.grad is not None
+        }
+
+    groups = groups_of(packed, texts, owners)
+    order = [text for group in groups for text in group.texts]
+    together = packed.network(**pack(groups, texts, packed.device, packed.network))
+    ours = gradients(packed, together[torch.tensor(order).argsort()])
+    alone = torch.cat(
+        [plain.network(**text_scoring.inputs_of(plain, [text_scoring._single(0)], [text])) for text in texts]
+    )
+    theirs = gradients(plain, alone)
+    assert ours.keys() == theirs.keys()
+    for key, gradient in theirs.items():
+        scale = max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(ours[key] / scale, gradient / scale, atol=TOLERANCE, rtol=0)
+
+
+def test_a_packed_row_that_gives_other_scores_is_not_used(folders, monkeypatch):
+    right = text_scoring.pack
+
+    def wrong(*arguments):
+        batch = right(*arguments)
+        return batch | {"position_ids": batch["position_ids"] * 2}
+
+    monkeypatch.setattr(text_scoring, "pack", wrong)
+    model = load_reward_model(RewardModelSpec(path=str(folders["qwen3"])))
+    texts, owners = some_texts(model, 0)
+    before = score_texts(model, texts)
+    chosen, check = choose_batching(model, texts, owners)
+    assert not chosen.packed
+    assert "is off by" in check.refusal
+    assert score_texts(chosen, texts, owners) == before
+    asked = replace(model, spec=model.spec.model_copy(update={"batching": "packed"}))
+    with pytest.raises(
+        ModelError, match=r"cannot take packed rows: a score in a packed row is off by .*set batching='auto'"
+    ):
+        choose_batching(asked, texts, owners)
+
+
+@pytest.mark.parametrize("changes", [{"batching": "padded"}, {"attention": "eager"}, {"strict": True}])
+def test_what_is_set_is_done(folders, changes):
+    model = load_reward_model(RewardModelSpec(path=str(folders["llama"]), **changes))
+    texts, owners = some_texts(model, 0)
+    chosen, check = choose_batching(model, texts, owners)
+    assert not chosen.packed
+    assert next(iter(changes)) in check.refusal
+
+
+@pytest.mark.parametrize("name", ["qwen3", "bert"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strict_scores_do_not_move_by_a_bit(folders, name, dtype):
+    model = load_reward_model(RewardModelSpec(path=str(folders[name]), strict=True, dtype=dtype))
+    texts, owners = some_texts(model, 5)
+    model, _ = choose_batching(model, texts, owners)
+    alone = [score_texts(model, [text])[0] for text in texts]
+    assert score_texts(model, texts, owners) == alone
+    assert score_texts(model, texts[::-1], owners[::-1])[::-1] == alone
+
+
+def test_the_drift_of_bfloat16_is_measured(folders):
+    model = load_reward_model(RewardModelSpec(path=str(folders["qwen3"]), dtype="bfloat16"))
+    texts, owners = some_texts(model, 0, prompts=8)
+    model, check = choose_batching(model, texts, owners)
+    assert model.packed
+    assert TOLERANCE < check.drift < 0.2
+
+
+class OutOfMemoryAbove(nn.Module):
+    """Stands for a GPU that holds so many tokens."""
+
+    def __init__(self, network, most):
+        super().__init__()
+        self.inner, self.most, self.sizes = network, most, []
+        self.packable, self.looks_ahead, self.places = network.packable, network.looks_ahead, network.places
+
+    def forward(self, **batch):
+        self.sizes.append(batch["input_ids"].numel())
+        if batch["input_ids"].numel() > self.most:
+            raise torch.OutOfMemoryError("too much")
+        return self.inner(**batch)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_batch_that_does_not_fit_into_memory_is_halved(pairs, which):
+    plain, model = pairs["llama"][0], pairs["llama"][which]
+    texts, owners = some_texts(plain, 6, prompts=12)
+    small = OutOfMemoryAbove(model.network, 150)
+    result = run_texts(replace(model, network=small), texts, owners)
+    np.testing.assert_allclose(result.values, [score_texts(plain, [text])[0] for text in texts], atol=TOLERANCE)
+    too_large = [size for size in small.sizes if size > 150]
+    assert too_large == sorted(too_large, reverse=True)
+    assert 0 < len(too_large) <= 5, "it learns how much fits"
+
+
+def test_a_text_that_does_not_fit_alone_is_an_error(pairs):
+    _, model = pairs["llama"]
+    texts, owners = some_texts(model, 6)
+    with pytest.raises(ModelError, match=r"a text of \d+ tokens does not fit into the GPU's memory.*lower max_length"):
+        run_texts(replace(model, network=OutOfMemoryAbove(model.network, 3)), texts, owners)
+
+
+def test_half_of_the_free_memory_is_planned_with():
+    assert budget_in(2 * 10**9, 100_000) == 10_000
+    assert budget_in(10**12, 100_000) == text_scoring.MOST_BATCH_TOKENS
+    assert budget_in(10, 100_000) == 1
