@@ -244,4 +244,5 @@ def _check(
         )
 
 
-AttentionInterface.register(PACKED, packed_attention)
+# Segments differ from row to row: compiled, it would be compiled anew for each.
+AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]

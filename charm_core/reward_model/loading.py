@@ -33,6 +33,8 @@ class RewardModel:
     device: torch.device
     packed: bool = False
     """Whether the network takes packed rows, and only those; see ``text_scoring.choose_batching``."""
+    compiled: bool = False
+    """Whether its layers are compiled, so that rows come in a few sizes."""
 
 
 def check_reward_model(spec: RewardModelSpec) -> None:

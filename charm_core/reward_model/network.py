@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from charm_core.errors import TrainingError
 from charm_core.reward_model.attention import PACKED, Layout
-from charm_core.reward_model.packing import PrefixGroup, lay_out
+from charm_core.reward_model.packing import PrefixGroup, Segment, lay_out
 from charm_core.reward_model.rendering import Rendered
 
 
@@ -140,13 +140,25 @@ def freeze(network: TrainableNetwork, trainable_layers: int | None) -> None:
     """
     if trainable_layers is None:
         return
-    layers = max((module for module in network.modules() if isinstance(module, nn.ModuleList)), key=len)
+    layers = layers_of(network)
     if trainable_layers > len(layers):
         raise TrainingError(f"trainable_layers={trainable_layers}, but the model has {len(layers)} layers")
     network.requires_grad_(False)
-    for layer in list(layers)[len(layers) - trainable_layers :]:
+    for layer in layers[len(layers) - trainable_layers :]:
         layer.requires_grad_(True)
     network.classifier.get_submodule(network.head_name).requires_grad_(True)
+
+
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    """The transformer's layers, first to last."""
+    lists = [list(module) for module in network.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def compile_layers(network: nn.Module) -> None:
+    """Compile every layer by itself: layers are alike, so that one is compiled for all of them, and per size of the row."""
+    for layer in layers_of(network):
+        layer.compile(dynamic=False)
 
 
 def checkpoint_gradients(network: TrainableNetwork) -> None:
@@ -189,7 +201,11 @@ def collate(texts: Sequence[Rendered], pad_token_id: int, device: torch.device, 
 
 
 def pack(
-    groups: Sequence[PrefixGroup], texts: Sequence[Rendered], device: torch.device, network: RewardNetwork
+    groups: Sequence[PrefixGroup],
+    texts: Sequence[Rendered],
+    device: torch.device,
+    network: RewardNetwork,
+    row_tokens: int | None = None,
 ) -> Batch:
     """Put texts into one packed row; the scores are in the order of the groups' texts.
 
@@ -198,17 +214,23 @@ def pack(
         texts: All texts; the groups hold indices into them.
         device: Where to.
         network: Which will score them.
+        row_tokens: Fill the row up to so many tokens, with one more text that nobody asks for.
     """
     row = lay_out(groups, texts)
     places = [
         [row.index(number, place) for place in network.places(texts[text])] for number, text in enumerate(row.texts)
     ]
-    batch: Batch = {
-        "input_ids": torch.tensor([row.input_ids], device=device),
-        "position_ids": torch.tensor([row.position_ids], device=device),
-        "places": torch.tensor(places, device=device),
-        "layout": Layout(row.segments, device),
+    size = len(row.input_ids)
+    filler = (row_tokens or size) - size
+    segments = (*row.segments, Segment(start=size, length=filler)) if filler else row.segments
+    per_token = {
+        "input_ids": [*row.input_ids, *row.input_ids[:1] * filler],
+        "position_ids": [*row.position_ids, *range(filler)],
     }
     if row.token_type_ids is not None:
-        batch["token_type_ids"] = torch.tensor([row.token_type_ids], device=device)
-    return batch
+        per_token["token_type_ids"] = [*row.token_type_ids, *[0] * filler]
+    return {
+        **{name: torch.tensor([numbers], device=device) for name, numbers in per_token.items()},
+        "places": torch.tensor(places, device=device),
+        "layout": Layout(segments, device),
+    }

@@ -86,7 +86,7 @@ def score_responses(
     tally = _Tally(rows=[], scores=[], prompt_cut=[], response_cut=[])
     for window in _windows(model, asked):
         if tally.check is None:
-            model, tally.check = choose_batching(model, window.texts, window.owners)
+            model, tally.check = choose_batching(model, window.texts, window.owners, compiled=spec.compile)
         _score_window(model, window, tally, asked.height, progress)
     met = pl.DataFrame(
         {

@@ -46,6 +46,11 @@ class RewardModelSpec(BaseModel):
         description="packed: texts side by side without padding, and what responses to one prompt share is computed once; padded: "
         "sorted by length and filled up; auto: packed where a trial gives the same scores.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the layers for scoring, with packed rows of a few fixed sizes: takes a minute or more before the first score, "
+        "and a C++ compiler.",
+    )
     strict: bool = Field(
         default=False,
         description="Score every text alone, so that not a bit of its score depends on the others; slower. Else scores in float32 "
@@ -121,6 +126,8 @@ class RewardModelSpec(BaseModel):
 
 
 _LATER_FIELDS = {
+    "batching",
+    "compile",
     "strict",
     "kind",
     "truncation_side",

@@ -17,7 +17,7 @@ from torch import Tensor
 from charm_core.errors import ModelError
 from charm_core.reward_model.batching import token_budget_batches
 from charm_core.reward_model.loading import RewardModel
-from charm_core.reward_model.network import Batch, collate, let_pack, pack
+from charm_core.reward_model.network import Batch, collate, compile_layers, let_pack, pack
 from charm_core.reward_model.packing import PrefixGroup, packed_batches, prefix_groups
 from charm_core.reward_model.rendering import Rendered
 
@@ -57,7 +57,7 @@ class BatchingCheck:
 
 
 def choose_batching(
-    model: RewardModel, texts: Sequence[Rendered], owners: Sequence[Hashable]
+    model: RewardModel, texts: Sequence[Rendered], owners: Sequence[Hashable], *, compiled: bool = False
 ) -> tuple[RewardModel, BatchingCheck]:
     """Find out whether a model can take packed rows, by trying, and make it take them.
 
@@ -66,6 +66,7 @@ def choose_batching(
             returned one is packed.
         texts: What will be scored.
         owners: Per text what it belongs to; see ``prefix_groups``.
+        compiled: Compile the layers, if rows are packed.
 
     Raises:
         ModelError: Packed rows are asked for and cannot be had.
@@ -75,7 +76,11 @@ def choose_batching(
     alone = [_forward(model, [_single(number)], some)[0].item() for number in range(len(some))]
     refusal = _set_otherwise(model) or _refusal(model, some, whose, alone)
     if isinstance(refusal, float):
-        return replace(model, packed=True), BatchingCheck(texts=len(some), drift=refusal, refusal=None)
+        packed = replace(model, packed=True, compiled=compiled)
+        if compiled:
+            compile_layers(model.network)
+            refusal = _drift(packed, some, whose, alone)
+        return packed, BatchingCheck(texts=len(some), drift=refusal, refusal=None)
     if model.spec.batching == "packed":
         raise ModelError(
             f"the reward model {model.spec.path!r} cannot take packed rows: {refusal}; set batching='auto'"
@@ -104,19 +109,24 @@ def _refusal(
     before = getattr(getattr(transformer, "config", None), "_attn_implementation", None)
     if not let_pack(model.network):
         return "its transformer does not get its attention through transformers' interface"
-    groups = groups_of(model, some, whose)
     try:
-        values = _forward(replace(model, packed=True), groups, some).tolist()
+        drift = _drift(replace(model, packed=True), some, whose, alone)
     except (ModelError, TypeError) as error:
         transformer.set_attn_implementation(before)
         return str(error)
-    packed = dict(zip((text for group in groups for text in group.texts), values, strict=True))
-    drift: float = max(abs(packed[number] - value) for number, value in enumerate(alone))
     allowed = TOLERANCE.get(next(model.network.parameters()).dtype, LOW_PRECISION_TOLERANCE)
     if not drift <= allowed * max(1.0, *map(abs, alone)):
         transformer.set_attn_implementation(before)
         return f"a score in a packed row is off by {drift:.2g}"
     return drift
+
+
+def _drift(model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashable], alone: Sequence[float]) -> float:
+    """Largest difference between scores in one packed row and alone."""
+    groups = groups_of(model, some, whose)
+    values: list[float] = _forward(model, groups, some).tolist()
+    packed = dict(zip((text for group in groups for text in group.texts), values, strict=True))
+    return max(abs(packed[number] - value) for number, value in enumerate(alone))
 
 
 def _probe(texts: Sequence[Rendered], owners: Sequence[Hashable]) -> list[int]:
@@ -253,9 +263,19 @@ def bytes_per_token(model: RewardModel) -> int:
 def inputs_of(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[Rendered]) -> Batch:
     """What the network gets for a batch; its scores are in the order of the groups' texts."""
     if model.packed:
-        return pack(batch, texts, model.device, model.network)
+        size = _row_size(batch_size(model, batch, texts), batch_tokens(model)) if model.compiled else None
+        return pack(batch, texts, model.device, model.network, size)
     together = [texts[index] for group in batch for index in group.texts]
     return collate(together, model.pad_token_id, model.device, model.network)
+
+
+def _row_size(tokens: int, budget: int) -> int:
+    """One of a few sizes, since a compiled layer is compiled anew for each: parts of the budget, or multiples of it."""
+    parts = (max(1, budget // part) for part in _ROW_PARTS)
+    return next((size for size in parts if tokens <= size), -(-tokens // budget) * budget)
+
+
+_ROW_PARTS = (8, 4, 2, 1)
 
 
 def _forward(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[Rendered]) -> Tensor:

@@ -221,3 +221,26 @@ def test_half_of_the_free_memory_is_planned_with():
     assert budget_in(2 * 10**9, 100_000) == 10_000
     assert budget_in(10**12, 100_000) == text_scoring.MOST_BATCH_TOKENS
     assert budget_in(10, 100_000) == 1
+
+
+# Inductor imports what PyTorch itself calls deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "bert"])
+def test_compiled_layers_give_the_same_scores_and_are_compiled_once_per_size(folders, name):
+    torch._dynamo.reset()
+    spec = RewardModelSpec(path=str(folders[name]), batch_tokens=256)
+    plain, model = load_reward_model(spec), load_reward_model(spec)
+    texts, owners = some_texts(plain, 7, prompts=24)
+    model, check = choose_batching(model, texts, owners, compiled=True)
+    assert check.drift <= TOLERANCE
+    for tokens in (256, 120, 60, 30):  # a row of every size
+        one = replace(model, spec=model.spec.model_copy(update={"batch_tokens": 256}))
+        fitting = [text for text in texts if len(text.input_ids) <= tokens]
+        run_texts(one, fitting[: max(1, tokens // max(len(text.input_ids) for text in fitting))])
+    run_texts(model, texts, owners)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    more, whose = some_texts(plain, 8, prompts=24)
+    values = run_texts(model, more, whose).values
+    np.testing.assert_allclose(values, [score_texts(plain, [text])[0] for text in more], atol=TOLERANCE, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
