@@ -20,6 +20,7 @@ from tasks.ledger import Ledger, keep_ledger, last_ledger
 from tasks.progress import tell
 from tasks.publishing import publish_link
 from tasks.secrets import use_secrets
+from tasks.source_digests import use_digest_memo
 from tasks.store import ArtifactStore
 from tasks.tracking import TITLE_TAG, TrackedRun, check_tracking, tracked_run
 
@@ -66,6 +67,7 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
     last = last_ledger(store, title)
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_store(store))
+        stack.enter_context(use_digest_memo(runtime.digest_memo()))
         stack.enter_context(use_secrets(find_secret))
         stack.enter_context(use_cpu_jobs(runtime.cpu_jobs))
         run = stack.enter_context(tracked_run(runtime.tracking(), title, tags={**tags, TITLE_TAG: title}))
