@@ -39,6 +39,8 @@ class Session:
     """Of the flow."""
     name: str
     """Of this run, as its settings say."""
+    named: bool
+    """Whether somebody called it so: otherwise it is the name of every run of its kind."""
     flow_run_url: str
     """Page of the Prefect run."""
 
@@ -75,7 +77,14 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
         run.log_params(plain)
         publish_link(f"{kind}-mlflow", run.url, "MLflow run", "Parameters, metrics, figures and artifacts of this run")
         yield Session(
-            store=store, run=run, ledger=ledger, last=last, kind=kind, name=name, flow_run_url=_flow_run_url()
+            store=store,
+            run=run,
+            ledger=ledger,
+            last=last,
+            kind=kind,
+            name=name,
+            named=is_chosen(name, settings),
+            flow_run_url=_flow_run_url(),
         )
 
 
@@ -122,6 +131,12 @@ def _check_prefect() -> None:
             f"the Prefect server at {shown_address(url)} does not accept the login: set PREFECT_API_AUTH_STRING to its "
             f"user:password"
         )
+
+
+def is_chosen(name: str, settings: BaseModel) -> bool:
+    """Whether somebody chose a run's name: otherwise it is the default of its settings."""
+    setting = type(settings).model_fields.get("name")
+    return setting is None or name != setting.default
 
 
 def _flow_run_url() -> str:
