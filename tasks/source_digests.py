@@ -6,7 +6,8 @@ hashed again, as it is if the memo is missing or damaged. The times include that
 can set: a file that was changed and had its date put back is hashed again.
 
 As in git's index, a file that was changed only just now is not remembered: another change within the same tick of its file system's
-clock would not show. What a memo cannot notice is a disk that damages a file by itself.
+clock would not show. What a memo cannot notice is a disk that damages a file by itself, and, on a file system that keeps no time of
+the last change (FAT), a change in place whose date was put back.
 
 Nothing in the store goes through here: whatever CHARM made is verified byte by byte whenever it is read.
 """
