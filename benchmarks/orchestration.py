@@ -1,6 +1,6 @@
 """What orchestration costs: start-up, a cached run, Prefect and MLflow beside the work, and every step that needs no reward model.
 
-    python -m benchmarks.orchestration [--prompts 1000 20000 100000] [--training 60]
+    python -m benchmarks.orchestration [--prompts 1000 20000 100000] [--training 120] [--rows help cached overhead steps]
 
 Starts a Prefect server with a database of its own; MLflow is a SQLite file. Prints one table, each line with its target. On a busy
 machine only the CPU seconds say something: they are those of the measured process, without the server's. Rows:
@@ -8,9 +8,15 @@ machine only the CPU seconds say something: they are those of the measured proce
 help        python -m flows.audit --help
 cached      python -m flows.calibrate on a tiny simulated arena, every step cached, process start included
 overhead    a calibration whose training waits, without the waiting and without the bodies of the steps that compute: what Prefect,
-            MLflow and the store's bookkeeping take of a run of ten minutes, from a run without training and one of ``--training``
-            seconds, whose difference grows with the time
+            MLflow, first use of its database and the store's bookkeeping take of a run that trains for ten minutes; and the same
+            with the start and the end of the process, all imports included
 steps       a calibration with precomputed scores (see benchmarks.precomputed_calibration), seven policy models
+
+The overhead is a fixed part and one that grows with the time, from runs without training and one of ``--training`` seconds. Only
+what the steps of training took besides waiting is taken to grow, for that is where something happens again and again: the curve, the
+log, the progress. All else is the same however long the training is. So its jitter between two runs, seconds on a machine that does
+something else too, must not be multiplied by ten minutes over the training's seconds, as the difference of two whole runs would. It
+is the median of all runs.
 """
 
 import argparse
@@ -21,10 +27,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -40,8 +48,11 @@ from flows.runs import CalibrationRun
 from flows.settings import CHECKOUT
 from tasks.simulation import SimulatedWorld
 
+ROWS = ("help", "cached", "overhead", "steps")
 TEN_MINUTES = 600.0
 SERVER_SECONDS = 300
+WITHOUT_TRAINING = 3
+"""Runs."""
 QUICK = TrainingConfig(epochs=1, learning_rate=1e-3, pairs_per_step=90, zero_stage=None, threads_per_rank=1)
 TINY = CalibrationRun(
     name="tiny",
@@ -114,7 +125,7 @@ def line(what: str, seconds: float | str, cpu: float | str, more: str, target: s
     """Of the table."""
     cells = (f"{value:.1f}" if isinstance(value, float) else value for value in (seconds, cpu))
     wall, busy = cells
-    return f"{what:34}{wall:>9}{busy:>8}  {more:32}{target}"
+    return f"{what:38}{wall:>9}{busy:>8}  {more:32}{target}"
 
 
 def cached_run(folder: Path, environment: Mapping[str, str]) -> Took:
@@ -132,47 +143,94 @@ def cached_run(folder: Path, environment: Mapping[str, str]) -> Took:
 
 def precomputed(folder: Path, environment: Mapping[str, str], prompts: int, training: float = 0.0) -> dict[str, Any]:
     """A calibration with precomputed scores, in a store of its own."""
-    own = {**environment, "CHARM_HOME": str(folder / f"precomputed-{prompts}-{training:.0f}")}
-    arguments = ("benchmarks.precomputed_calibration", "--prompts", str(prompts), "--training", str(training))
-    measured(arguments, own)  # writes the inputs
-    found: dict[str, Any] = json.loads(measured(arguments, own).out)
-    return found
+    with TemporaryDirectory(dir=folder) as home:
+        own = {**environment, "CHARM_HOME": home}
+        arguments = ("benchmarks.precomputed_calibration", "--prompts", str(prompts), "--training", str(training))
+        measured(arguments, own)  # writes the inputs
+        took = measured(arguments, own)
+    return {**json.loads(took.out), "process": {"seconds": took.seconds, "cpu": took.cpu}}
 
 
-def overhead(folder: Path, environment: Mapping[str, str], training: float) -> tuple[float, float]:
-    """Seconds and CPU seconds of a ten-minute run that are none of its work."""
-    short, long = (precomputed(folder, environment, 500, waited) for waited in (0.0, training))
-    extra = []
-    for total, bodies, waited in (("seconds", "bodies", training), ("cpu", "body_cpu", 0.0)):
-        at_start, at_end = short[total] - short[bodies], long[total] - long[bodies] - waited
-        extra.append(at_start + max(0.0, at_end - at_start) / training * TEN_MINUTES)
-    return extra[0], extra[1]
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """What is none of a run's work, in seconds of a run that trains for ten minutes."""
+
+    flow: float
+    process: float
+    """With the start and the end of the process."""
+
+
+def overhead(folder: Path, environment: Mapping[str, str], training: float) -> tuple[Overhead, Overhead]:
+    """By the clock, and of the CPU."""
+    runs = [precomputed(folder, environment, 500, waiting) for waiting in [0.0] * WITHOUT_TRAINING + [training]]
+    return extrapolated(runs, training, "seconds"), extrapolated(runs, training, "cpu")
+
+
+def extrapolated(runs: Sequence[Mapping[str, Any]], training: float, unit: str) -> Overhead:
+    """From some runs without training and, the last one, one of ``training`` seconds."""
+    around = [run["training"][unit] for run in runs]
+    at_rest = median(around[:-1])
+    growing = (around[-1] - at_rest) / training * TEN_MINUTES
+    flow, process = (
+        median(run[whole][unit] - run["bodies"][unit] - run["training"][unit] - run["waited"][unit] for run in runs)
+        for whole in ("flow", "process")
+    )
+    return Overhead(flow=flow + at_rest + growing, process=process + at_rest + growing)
+
+
+def help_row(_folder: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """The shortest of three."""
+    took = min((measured(("flows.audit", "--help"), environment) for _ in range(3)), key=lambda one: one.seconds)
+    yield line("help", took.seconds, took.cpu, "", "under 3 s")
+
+
+def cached_row(folder: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """The second of two equal calibrations."""
+    took = cached_run(folder, environment)
+    yield line("cached calibrate", took.seconds, took.cpu, "", "under 10 s")
+
+
+def overhead_row(folder: Path, environment: Mapping[str, str], training: float) -> Iterator[str]:
+    """Of the flow, and with its process."""
+    clock, cpu = overhead(folder, environment, training)
+    for what, seconds, busy in (
+        ("overhead of ten minutes", clock.flow, cpu.flow),
+        ("  with start and end of the process", clock.process, cpu.process),
+    ):
+        share = f"{seconds / TEN_MINUTES:.1%} of ten minutes, CPU {busy / TEN_MINUTES:.1%}"
+        yield line(what, seconds, busy, share, "under 2 %")
+
+
+def step_rows(folder: Path, environment: Mapping[str, str], sizes: Sequence[int]) -> Iterator[str]:
+    """A row for each number of prompts, with what each further thousand took."""
+    smaller, before = 0, 0.0
+    for prompts in sizes:
+        found = precomputed(folder, environment, prompts)
+        more = (found["flow"]["cpu"] - before) / (prompts - smaller) * 1000
+        each = f"{found['peak_bytes'] / 2**30:.1f} GiB, each further {more:.1f} CPU ms"
+        smaller, before = prompts, found["flow"]["cpu"]
+        target = "under 60 s and 4 GB" if prompts == 20_000 else "linear"
+        yield line(f"steps, {prompts:,} × 7", found["flow"]["seconds"], found["flow"]["cpu"], each, target)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 20_000, 100_000])
-    parser.add_argument("--training", type=float, default=60.0, help="seconds of the longer run of the row overhead")
+    parser.add_argument("--training", type=float, default=120.0, help="seconds of the longest run of the row overhead")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="only these")
     options = parser.parse_args()
+    rows: dict[str, Callable[[Path, Mapping[str, str]], Iterator[str]]] = {
+        "help": help_row,
+        "cached": cached_row,
+        "overhead": partial(overhead_row, training=options.training),
+        "steps": partial(step_rows, sizes=sorted(options.prompts)),
+    }
     with TemporaryDirectory(prefix="charm-orchestration-") as name, prefect_server(Path(name)) as environment:
-        folder = Path(name)
         print(line("", "seconds", "CPU", "", "target"))
-        took = min((measured(("flows.audit", "--help"), environment) for _ in range(3)), key=lambda one: one.seconds)
-        print(line("help", took.seconds, took.cpu, "", "under 3 s"), flush=True)
-        took = cached_run(folder, environment)
-        print(line("cached calibrate", took.seconds, took.cpu, "", "under 10 s"), flush=True)
-        seconds, cpu = overhead(folder, environment, options.training)
-        share = f"{seconds / TEN_MINUTES:.1%} of ten minutes, CPU {cpu / TEN_MINUTES:.1%}"
-        print(line("overhead of ten minutes", seconds, cpu, share, "under 2 %"), flush=True)
-        smaller, before = 0, 0.0
-        for prompts in sorted(options.prompts):
-            found = precomputed(folder, environment, prompts)
-            more = (found["cpu"] - before) / (prompts - smaller) * 1000
-            each = f"{found['peak_bytes'] / 2**30:.1f} GiB, each further {more:.1f} CPU ms"
-            smaller, before = prompts, found["cpu"]
-            target = "under 60 s and 4 GB" if prompts == 20_000 else "linear"
-            print(line(f"steps, {prompts:,} × 7", found["seconds"], found["cpu"], each, target), flush=True)
+        for row in options.rows:
+            for text in rows[row](Path(name), environment):
+                print(text, flush=True)
 
 
 if __name__ == "__main__":

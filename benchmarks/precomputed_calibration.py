@@ -3,11 +3,13 @@
     python -m benchmarks.precomputed_calibration --prompts 20000 --models 7 [--training 60]
 
 Runs the flow ``calibrate`` itself. Only what a reward model computes is replaced: a score is drawn once per response, and training
-waits, tells its loss twice a second, and leaves a folder of a few bytes whose scores are the drawn ones, changed a little.
+waits, tells its loss twice a second, and leaves a folder of a few bytes whose scores are the drawn ones, changed a little. It tells
+its loss as a training does, by its log and its curve, but while that is read and passed on to Prefect and MLflow it stands still.
+A training would go on, in processes of its own, so that what is measured here is the most that it can be held up.
 Responses are as long as the 57,885 of AlpacaEval and Arena-Hard in CHARM's test data: log-normal, median 1,677 characters. The
-first call for a size only writes the inputs. Prints one JSON object: seconds and CPU seconds of the flow, those in the bodies of
-steps that compute (training does not), the peak memory of this process, and the seconds of each step. ``benchmarks.orchestration``
-starts it.
+first call for a size only writes the inputs. Prints one JSON object: seconds and CPU seconds of the flow, of the bodies of steps
+that compute (training does not), of the waiting of trainings and of all else in the steps of training; the seconds of each step,
+and the peak memory of this process. ``benchmarks.orchestration`` starts it.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ import tasks.training
 from charm_core.mismatch import own_ratings
 from charm_core.reward_model.jobs import ScoringSummary, TrainingJob, TrainingOutcome
 from charm_core.reward_model.spec import RewardModelSpec
-from charm_core.reward_model.workdir import CURVE
+from charm_core.reward_model.workdir import CURVE, append_curve
 from charm_core.tables import SCORES
 from flows.console import quiet_console
 from flows.runs import CalibrationRun
@@ -39,6 +41,7 @@ from flows.settings import RuntimeSettings
 from flows.sources import Sources, gather_answers
 from tasks.arena import ArenaConfig
 from tasks.caching import Step, current_store
+from tasks.launching import CurveReader
 from tasks.prompts import ResponsesConfig, ResponseSet
 from tasks.scoring import RewardModelRef, Scored
 from tasks.store import file_digest
@@ -47,6 +50,7 @@ MEDIAN_CHARACTERS = 1677
 LOG_SPREAD = 0.76
 """Of response lengths: half of the distance between the logarithms of the quartiles, over that of the normal distribution."""
 PROMPT_CHARACTERS = 160
+TRAINING = "train_reward_model"
 STEPS_PER_SECOND = 2
 """Of a training that only waits: so often it tells its loss."""
 
@@ -105,19 +109,21 @@ class PrecomputedModel:
         return Scored(scores=store.write_table(table, SCORES), summary=summary)
 
 
-def idle_training(seconds: float) -> Callable[..., TrainingOutcome]:
+def idle_training(seconds: float, spent: "Spent") -> Callable[..., TrainingOutcome]:
     """A training that waits and tells its loss."""
 
     def train(job: TrainingJob, on_step: Callable[[Any], None], log: Callable[[str], None]) -> TrainingOutcome:
-        steps = max(2, round(seconds * STEPS_PER_SECOND))
-        records = [{"step": number, "loss": 0.7 - 0.1 * number / steps} for number in range(1, steps + 1)]
-        for record in records:
-            time.sleep(seconds / steps)
-            on_step(record)
-            log(f"step {record['step']} of {steps}: loss {record['loss']:.4f}, accuracy 0.500, 1000 tokens/s")
         for folder in (job.output_dir, job.work_dir):
             folder.mkdir(parents=True, exist_ok=True)
-        (job.work_dir / CURVE).write_text("".join(json.dumps(record) + "\n" for record in records))
+        curve = CurveReader(job.work_dir / CURVE, on_step)
+        steps = max(2, round(seconds * STEPS_PER_SECOND))
+        for step in range(1, steps + 1):
+            with spent.waited.counted():  # on a busy machine longer than asked for
+                time.sleep(seconds / steps)
+            loss = 0.7 - 0.1 * step / steps
+            append_curve(job.work_dir, {"step": step, "loss": loss})
+            log(f"step {step} of {steps}: loss {loss:.4f}, accuracy 0.500, 1000 tokens/s")
+            curve.poll()
         (job.output_dir / "weights.txt").write_text(file_digest(job.pairs_path))
         return TrainingOutcome(
             model_dir=job.output_dir, steps=steps, ranks=1, train_pairs=1, train_prompts=1, held_out_pairs=0, texts=1,
@@ -129,44 +135,71 @@ def idle_training(seconds: float) -> Callable[..., TrainingOutcome]:
 
 
 @dataclass
-class Spent:
-    """Seconds of steps, and what of them their bodies took."""
+class Cost:
+    """Of some part of the run."""
 
-    calls: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    bodies: float = 0.0
-    body_cpu: float = 0.0
+    seconds: float = 0.0
+    cpu: float = 0.0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Add what a ``with`` block takes."""
+        started, busy = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+            self.cpu += time.process_time() - busy
+
+
+@dataclass
+class Spent:
+    """What the run took, and its parts."""
+
+    flow: Cost = field(default_factory=Cost)
+    steps: dict[str, Cost] = field(default_factory=lambda: defaultdict(Cost))
+    bodies: Cost = field(default_factory=Cost)
+    """Of the steps, without training."""
+    waited: Cost = field(default_factory=Cost)
+    """What trainings only waited."""
 
     def watch(self) -> None:
-        """Time every call of a step, and its body."""
+        """Count every call of a step, and its body."""
         call: Callable[..., Any] = Step.__call__
-        watched: set[str] = set()
+        watched = {TRAINING}
 
-        def timed(step: Step[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if step.name not in watched and step.name != "train_reward_model":
+        def counted(step: Step[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if step.name not in watched:
                 watched.add(step.name)
                 step._task.fn = self._body(step._task.fn)
-            started = time.perf_counter()
-            try:
+            with self.steps[step.name].counted():
                 return call(step, *args, **kwargs)
-            finally:
-                self.calls[step.name] += time.perf_counter() - started
 
-        Step.__call__ = timed  # type: ignore[method-assign]
+        Step.__call__ = counted  # type: ignore[method-assign]
 
     def _body(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started, busy = time.perf_counter(), time.process_time()
-            try:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self.bodies.counted():
                 return function(*args, **kwargs)
-            finally:
-                self.bodies += time.perf_counter() - started
-                self.body_cpu += time.process_time() - busy
 
-        return timed
+        return counted
+
+    def found(self) -> dict[str, Any]:
+        """As plain values."""
+        waited = Cost(self.waited.seconds)  # whatever computes meanwhile is none of the work
+        trained = self.steps[TRAINING]
+        training = Cost(trained.seconds - waited.seconds, trained.cpu)
+        parts = {"flow": self.flow, "bodies": self.bodies, "waited": waited, "training": training}
+        slowest = sorted(self.steps.items(), key=lambda item: -item[1].seconds)
+        return {
+            **{name: asdict(cost) for name, cost in parts.items()},
+            "steps": {name: cost.seconds for name, cost in slowest},
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
 
 
 @contextmanager
-def replaced(model: PrecomputedModel, training: float) -> Iterator[None]:
+def replaced(model: PrecomputedModel, training: float, spent: Spent) -> Iterator[None]:
     """Put the model in the flow's way."""
 
     def sources(run: CalibrationRun) -> Sources:
@@ -176,7 +209,7 @@ def replaced(model: PrecomputedModel, training: float) -> Iterator[None]:
 
     calibrate_flow.calibration_sources = sources  # type: ignore[assignment]
     calibrate_flow.score_responses = tasks.promotion.score_responses = model.score  # type: ignore[assignment]
-    tasks.training.run_training = idle_training(training / 2)  # type: ignore[assignment] # there are two
+    tasks.training.run_training = idle_training(training / 2, spent)  # type: ignore[assignment] # there are two
     with quiet_console():
         yield
 
@@ -203,19 +236,9 @@ def main() -> None:
     )
     spent = Spent()
     spent.watch()
-    with replaced(PrecomputedModel(np.load(folder / "drawn.npy"), spec), options.training):
-        started, busy = time.perf_counter(), time.process_time()
+    with replaced(PrecomputedModel(np.load(folder / "drawn.npy"), spec), options.training, spent), spent.flow.counted():
         calibrate_flow.calibrate(run)
-        seconds, cpu = time.perf_counter() - started, time.process_time() - busy
-    found = {
-        "seconds": seconds,
-        "cpu": cpu,
-        "bodies": spent.bodies,
-        "body_cpu": spent.body_cpu,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "steps": dict(sorted(spent.calls.items(), key=lambda item: -item[1])),
-    }
-    print(json.dumps(found))
+    print(json.dumps(spent.found()))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from charm_core.responses import HELD_OUT
 from flows.ablation_cells import Cell, cells_of, compared_cells, skipped_cells
 from flows.calibration import Correction, Split, calibration_sources, correct, hold_out, measure_untouched
 from flows.command_line import run_from_command_line
-from flows.outcome import Outcome, Used, describe_provenance, step_lines
+from flows.outcome import Outcome, Used, describe_provenance, name_run, step_lines
 from flows.presets import ABLATE, demo_ablation
 from flows.runs import AblationRun, CalibrationRun
 from flows.session import Session, check_services, open_session
@@ -61,6 +61,8 @@ def ablate(run: AblationRun = DEMO) -> Outcome:
             seed = _prepare(number, seeded(run.calibration, number))
             measured.extend(_measure_all(session, run, seed, left_out))
         name, board = seed.sources.name, seed.sources.board
+        recipes = len({one.cell for one in measured})
+        name_run(session, name, board, f"{recipes} recipes, {len(run.seeds)} seeds", page="ablation.html")
         report = compose_ablation(
             run.name,
             name,

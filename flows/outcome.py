@@ -58,7 +58,9 @@ def describe_provenance(flow: str, run: BaseModel, used: Used) -> Provenance:
     )
 
 
-def name_run(session: Session, about: str, board: Board | None, found: str = "", *, page: str = "report.html") -> None:
+def name_run(
+    session: Session, about: str, board: Board | None, found: str = "", *, page: str | None = "report.html"
+) -> None:
     """Say in the run's name, in Prefect and in MLflow, what it is about, and link the two and the report in MLflow.
 
     Args:
@@ -66,13 +68,14 @@ def name_run(session: Session, about: str, board: Board | None, found: str = "",
         about: What it is about, for a run that was given no name.
         board: What is held against it.
         found: What came out, in two or three words.
-        page: The report among the run's artifacts in MLflow.
+        page: The report among the run's artifacts in MLflow; None where there is none.
     """
     dated = f"board {board.date}" if board is not None and board.date else ""
-    given = about if session.name == session.kind else session.name
+    given = session.name if session.named else about or session.name
     name = " · ".join(filter(None, (f"{session.kind.replace('_', ' ')} {given}", dated, found)))
     rename_flow_run(name)
-    links = [f"[Prefect run]({session.flow_run_url})", f"[report]({session.run.url}/artifacts/{page})"]
+    links = [f"[Prefect run]({session.flow_run_url})"]
+    links += [f"[report]({session.run.url}/artifacts/{page})"] if page else []
     session.run.show(name, " · ".join(links))
 
 

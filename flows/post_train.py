@@ -7,6 +7,7 @@ python -m flows.post_train --config post_train.toml
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from prefect import flow
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,7 @@ from charm_core.policy_comparison import PolicyComparison
 from charm_core.simulation import SimulationConfig
 from flows.calibration import calibration_sources, correct, hold_out, measure_untouched
 from flows.command_line import run_from_command_line
+from flows.outcome import name_run
 from flows.presets import POST_TRAIN, demo_post_training
 from flows.runs import CalibrationRun, PostTrainRun, SimulatedPolicy
 from flows.session import Session, check_services, open_session
@@ -203,6 +205,8 @@ def _finish(
     """Log the numbers and say what came out; runs on every run, cached steps or not."""
     found = session.store.read_record(results.comparison, PolicyComparison)
     picked = session.store.read_record(results.best_of_n, BestOfNReport)
+    about = "" if run.policy_model is None else Path(run.policy_model.path).name
+    name_run(session, about, None, f"{len(policies)} policies", page="post_training.md")
     _log(session, results, found, picked)
     reuse = reuse_lines(explain(session.ledger, session.last))
     session.run.log_text("\n".join(reuse), "steps.txt")

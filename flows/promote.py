@@ -20,6 +20,7 @@ from charm_core.errors import ConfigError
 from charm_core.promotion import GateConfig
 from flows.command_line import run_from_command_line
 from flows.forms import Form
+from flows.outcome import name_run
 from flows.session import Session, check_services, open_session
 from flows.settings import RuntimeSettings
 from tasks.hub_push import HubConfig, push_version
@@ -118,6 +119,7 @@ def promote(run: PromoteRun = SHOW) -> PromoteOutcome:
     with open_session("promote", run.model, run) as session:
         done = actions[run.asked[0]](session, run, run.model)
         model = _model(session, run.model)
+        name_run(session, run.model, None, f"champion: {model.champion or 'nobody'}", page=None)
         state = describe_model(model)
         publish_markdown("promote-champion", f"{done}\n\n```\n{state}\n```", f"Champion of {run.model}")
         return PromoteOutcome(champion=model.champion, summary=f"{done}\n\n{state}\nMLflow   {session.run.url}")

@@ -24,7 +24,7 @@ from flows.settings import RuntimeSettings, find_secret
 from tasks.abandoned_flow_runs import claim_flow_run
 from tasks.arena import ArenaConfig, obtain_board
 from tasks.caching import use_store
-from tasks.publishing import publish_markdown, run_logger
+from tasks.publishing import publish_markdown, rename_flow_run, run_logger
 from tasks.ratings.snapshots import KeptSnapshot, find_snapshot, list_snapshots
 from tasks.recalibration import RatingsUpdate, last_calibration, one_recalibration, settings_digest
 from tasks.secrets import use_secrets
@@ -54,14 +54,15 @@ def recalibrate(run: RecalibrationRun = DEMO, update: RatingsUpdate | None = Non
     claim_flow_run(UUID(str(flow_run.id)))
     why_not = _not_meant(run, update)
     if why_not:
-        return _said(None, why_not)
+        return _nothing_to_do(run, why_not)
     store = RuntimeSettings().artifact_store()
     store.check_writable()
     with use_store(store), use_secrets(find_secret), one_recalibration(store, run.registered_name):
         kept = _ratings(store, run, update)
         why_not = _done_already(store, run, kept, update)
         if why_not:
-            return _said(None, why_not)
+            return _nothing_to_do(run, why_not)
+        rename_flow_run(f"recalibrate {run.registered_name} · board {_shown(kept)}")
         reason = _reason(store, run, kept, update)
         run_logger().info(reason)
         return _said(calibrate(_pinned(run, kept)), reason)
@@ -142,9 +143,13 @@ def _pinned(run: RecalibrationRun, kept: KeptSnapshot) -> CalibrationRun:
     return CalibrationRun(**settings | {"arena": ArenaConfig(snapshot=kept.digest, **board, **names)})
 
 
+def _nothing_to_do(run: RecalibrationRun, why: str) -> RecalibrationOutcome:
+    rename_flow_run(f"recalibrate {run.registered_name} · nothing to do")
+    run_logger().info(why)
+    return _said(None, why)
+
+
 def _said(calibration: Outcome | None, sentence: str) -> RecalibrationOutcome:
-    if calibration is None:
-        run_logger().info(sentence)
     publish_markdown("recalibration", sentence, "What was calibrated to which ratings, and why")
     summary = f"{sentence}\n\n{calibration.summary}" if calibration else sentence
     return RecalibrationOutcome(calibration=calibration, summary=summary)

@@ -20,6 +20,7 @@ from tasks.ledger import Ledger, keep_ledger, last_ledger
 from tasks.progress import tell
 from tasks.publishing import publish_link
 from tasks.secrets import use_secrets
+from tasks.source_digests import use_digest_memo
 from tasks.store import ArtifactStore
 from tasks.tracking import TITLE_TAG, TrackedRun, check_tracking, tracked_run
 
@@ -38,6 +39,8 @@ class Session:
     """Of the flow."""
     name: str
     """Of this run, as its settings say."""
+    named: bool
+    """Whether somebody called it so: otherwise it is the name of every run of its kind."""
     flow_run_url: str
     """Page of the Prefect run."""
 
@@ -66,6 +69,7 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
     last = last_ledger(store, title)
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_store(store))
+        stack.enter_context(use_digest_memo(runtime.digest_memo()))
         stack.enter_context(use_secrets(find_secret))
         stack.enter_context(use_cpu_jobs(runtime.cpu_jobs))
         run = stack.enter_context(tracked_run(runtime.tracking(), title, tags={**tags, TITLE_TAG: title}))
@@ -73,7 +77,14 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
         run.log_params(plain)
         publish_link(f"{kind}-mlflow", run.url, "MLflow run", "Parameters, metrics, figures and artifacts of this run")
         yield Session(
-            store=store, run=run, ledger=ledger, last=last, kind=kind, name=name, flow_run_url=_flow_run_url()
+            store=store,
+            run=run,
+            ledger=ledger,
+            last=last,
+            kind=kind,
+            name=name,
+            named=is_chosen(name, settings),
+            flow_run_url=_flow_run_url(),
         )
 
 
@@ -120,6 +131,12 @@ def _check_prefect() -> None:
             f"the Prefect server at {shown_address(url)} does not accept the login: set PREFECT_API_AUTH_STRING to its "
             f"user:password"
         )
+
+
+def is_chosen(name: str, settings: BaseModel) -> bool:
+    """Whether somebody chose a run's name: otherwise it is the default of its settings."""
+    setting = type(settings).model_fields.get("name")
+    return setting is None or name != setting.default
 
 
 def _flow_run_url() -> str:

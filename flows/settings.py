@@ -73,6 +73,10 @@ class RuntimeSettings(BaseSettings):
             url = str(Path(url).expanduser().resolve())
         return ArtifactStore(url=url, work_folder=str(home / "work"))
 
+    def digest_memo(self) -> Path:
+        """Where digests of the user's model files are remembered."""
+        return self.home.expanduser().resolve() / "digests"
+
     def tracking(self) -> TrackingSettings:
         """Where runs are remembered."""
         home = self.home.expanduser().resolve()

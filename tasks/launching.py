@@ -4,6 +4,7 @@ One process tree per job. Whatever ends the caller's wait, an error in a callbac
 whole tree; and if the caller itself is killed, the workers notice and end.
 """
 
+import json
 import logging
 import os
 import queue
@@ -94,7 +95,7 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
             rewind(job.work_dir)
             launch = job.work_dir / LAUNCH
             write_text(launch, Launch(training=job, parent=identify(os.getpid())).model_dump_json())
-            curve = _CurveReader(job.work_dir / CURVE, on_step)
+            curve = CurveReader(job.work_dir / CURVE, on_step)
             with _kept(job.work_dir / LOG, log) as keep:
                 command, environment = _training_command(launch, job.config), _environment(job.config)
                 _run(command, environment, launch.parent, keep, curve.poll, gpus=rank_count(job.config))
@@ -333,22 +334,23 @@ def _unwritable(path: Path, error: OSError) -> errors.ArtifactError:
     )
 
 
-class _CurveReader:
-    """Passes on the lines that are added to the curve."""
+class CurveReader:
+    """Passes on the lines that are added to the curve, and reads no line twice: there may be a hundred thousand."""
 
     def __init__(self, path: Path, on_step: OnStep | None) -> None:
-        self._folder, self._on_step, self._seen = path.parent, on_step, 0
-        self._path, self._size = path, -1
+        self._path, self._on_step, self._read = path, on_step, 0
 
     def poll(self) -> None:
         """Call ``on_step`` with every record that is new."""
-        if self._on_step is None or not self._path.exists() or self._path.stat().st_size == self._size:
+        if self._on_step is None or not self._path.exists() or self._path.stat().st_size <= self._read:
             return
-        self._size = self._path.stat().st_size
-        records = read_curve(self._folder)
-        for record in records[self._seen :]:
-            self._seen += 1
-            self._on_step(record)
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            lines = file.read().splitlines(keepends=True)
+        for line in lines:
+            if line.endswith(b"\n"):  # the last one may be half written
+                self._read += len(line)
+                self._on_step(json.loads(line))
 
 
 def _failure(status: int, folder: Path, tail: list[str]) -> errors.CharmError:

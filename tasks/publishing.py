@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 from uuid import UUID
@@ -21,9 +20,8 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import MissingContextError, PrefectException
 from prefect.logging import get_run_logger
 
+from tasks.pace import Pace
 from tasks.progress import Progress, stage_line
-
-_SECONDS_BETWEEN_UPDATES = 2.0
 
 
 def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
@@ -60,16 +58,14 @@ def _artifact(stage: str, unit: str) -> Iterator[Progress]:
     artifact: UUID | None = None
     with _shown_if_possible():
         artifact = cast(UUID, create_progress_artifact(progress=0.0, key=_key(stage), description=stage))
-    last = time.monotonic()
+    pace = Pace()
 
     def update(done: int, total: int, note: str = "") -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < _SECONDS_BETWEEN_UPDATES:
+        if not pace.is_due():
             return
-        last = now
-        _show_progress(artifact, 100.0 * done / max(total, 1))
-        run_logger().info("%s: %d of %d %s%s", stage, done, total, unit, f", {note}" if note else "")
+        with pace.telling():
+            _show_progress(artifact, 100.0 * done / max(total, 1))
+            run_logger().info("%s: %d of %d %s%s", stage, done, total, unit, f", {note}" if note else "")
 
     yield update
     _show_progress(artifact, 100.0)

@@ -25,9 +25,9 @@ from tasks.caching import step
 from tasks.launching import run_scoring
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
-from tasks.store import ArtifactRef, ArtifactStore, SourceFile, file_digest, read_source
+from tasks.source_digests import weights_digest
+from tasks.store import ArtifactRef, ArtifactStore, SourceFile, read_source
 
-_NOT_WEIGHTS = {"README.md", ".gitattributes"}
 _WHERE = {"path", "revision", "base_model", "base_revision", "reference_model", "reference_revision"}
 
 
@@ -137,12 +137,7 @@ def _identify(role: str, path: str, revision: str | None) -> tuple[str, str]:
     setting = f"reward_model.{role}model" if role else "reward_model.path"
     folder = Path(path).expanduser()
     if folder.is_dir():
-        files = {
-            file.name: file_digest(file)
-            for file in sorted(folder.iterdir())
-            if file.is_file() and file.name not in _NOT_WEIGHTS
-        }
-        return str(folder.resolve()), hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        return str(folder.resolve()), weights_digest(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"there is no reward model folder {path!r}; correct {setting}")
     if not COMMIT.fullmatch(revision or ""):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import polars as pl
@@ -336,6 +336,8 @@ def _client(settings: TrackingSettings) -> Any:
 
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if settings.uri.startswith(_SQLITE):
+        _make_tables(Path(settings.uri.removeprefix(_SQLITE)))
     return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
 
 
@@ -372,9 +374,36 @@ def _check_sqlite(uri: str) -> None:
             database.execute("BEGIN IMMEDIATE")
             database.rollback()
     except (OSError, sqlite3.Error) as error:
-        raise ServiceError(
-            f"the MLflow database {path} cannot be written ({error}); correct CHARM_TRACKING_URI or CHARM_HOME"
-        ) from None
+        raise _unwritable(path, error) from None
+
+
+def _make_tables(path: Path) -> None:
+    """Make MLflow's tables in a SQLite file that is empty, in memory first.
+
+    MLflow makes them by all of its migrations one after the other, and would wait for the disk some 130 times.
+    """
+    if path.stat().st_size:
+        return
+    from mlflow.store.db.utils import _initialize_tables
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import StaticPool
+
+    engine = create_engine("sqlite://", poolclass=StaticPool)  # one connection: each would be a database of its own
+    try:
+        _initialize_tables(engine)
+        made = cast(sqlite3.Connection, engine.raw_connection().driver_connection)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            made.backup(database)  # one transaction: the file has all tables or none
+    except sqlite3.Error as error:
+        raise _unwritable(path, error) from None
+    finally:
+        engine.dispose()
+
+
+def _unwritable(path: Path, error: Exception) -> ServiceError:
+    return ServiceError(
+        f"the MLflow database {path} cannot be written ({error}); correct CHARM_TRACKING_URI or CHARM_HOME"
+    )
 
 
 def _mlflow_error() -> type[Exception]:

@@ -3,7 +3,6 @@
 import contextlib
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from charm_core.reward_model.workdir import read_curve
 from charm_core.tables import PAIRS, RATINGS
 from tasks.caching import content_key, step
 from tasks.launching import run_training
+from tasks.pace import Pace
 from tasks.progress import Progress
 from tasks.publishing import report_progress, run_logger
 from tasks.scoring import RewardModelRef, worker_was_lost
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.tracking import TrackedRun, current_run
 
-_SECONDS_BETWEEN_POINTS = 2.0
 _STEP = re.compile(r"step (\d+) of (\d+): (loss [\d.]+)")
 """How the training tells its steps; see ``charm_core.reward_model.training``."""
 
@@ -107,13 +106,18 @@ def train_reward_model(
 
 
 def _shown_steps(progress: Progress) -> Callable[[str], None]:
-    """What to do with a line of the training's log: keep it, and show how far it says that the training is."""
+    """What to do with a line of the training's log: keep it in Prefect, or show how far it says that the training is.
+
+    A line for each of many thousand steps would be a load on Prefect's server, and nobody reads them there: its log has how far
+    the training is now and then, and the log in the work folder has every line.
+    """
     keep = run_logger().info
 
     def line(text: str) -> None:
-        keep("%s", text)
         if found := _STEP.search(text):
             progress(int(found[1]), int(found[2]), found[3])
+        else:
+            keep("%s", text)
 
     return line
 
@@ -155,15 +159,15 @@ def _live_curve(name: str) -> Iterator[Any]:
         return
     with parent.nested(name) as run:
         waiting: list[dict[str, Any]] = []
-        last, shown = time.monotonic(), True
+        pace, shown = Pace(), True
 
         def on_step(record: dict[str, Any]) -> None:
-            nonlocal last, shown
+            nonlocal shown
             waiting.append(record)
-            if shown and time.monotonic() - last > _SECONDS_BETWEEN_POINTS:
-                shown = run.show_curve(waiting)
+            if shown and pace.is_due():
+                with pace.telling():
+                    shown = run.show_curve(waiting)
                 waiting.clear()
-                last = time.monotonic()
 
         yield on_step
         shown = shown and run.show_curve(waiting)

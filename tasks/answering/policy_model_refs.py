@@ -1,7 +1,5 @@
 """Which policy model it is: what decides its answers beside the decoding, as far as that can be known before asking."""
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ConfigError
 from tasks.policy_models import LiveBackend, OpenAIBackend, PolicyModel, ReplayBackend
-from tasks.store import file_digest
+from tasks.source_digests import weights_digest
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_NOT_WEIGHTS = {"README.md", ".gitattributes"}
 
 
 class PolicyModelRef(BaseModel):
@@ -46,7 +43,7 @@ def identify_policy_model(model: PolicyModel) -> PolicyModelRef:
     folder = Path(backend.path).expanduser()
     if folder.is_dir():
         here = backend.model_copy(update={"path": str(folder.resolve())})
-        return PolicyModelRef(name=model.name, backend=here, weights=_folder_digest(folder))
+        return PolicyModelRef(name=model.name, backend=here, weights=weights_digest(folder))
     if backend.path.startswith((".", "/", "~")) or backend.path.count("/") > 1:
         raise ConfigError(
             f"there is no folder {backend.path!r} of the policy model {model.name!r}; correct backend.path"
@@ -57,12 +54,3 @@ def identify_policy_model(model: PolicyModel) -> PolicyModelRef:
             f"version you mean, not {backend.revision!r}"
         )
     return PolicyModelRef(name=model.name, backend=backend, weights=f"hub:{backend.path}@{backend.revision}")
-
-
-def _folder_digest(folder: Path) -> str:
-    files = {
-        file.name: file_digest(file)
-        for file in sorted(folder.iterdir())
-        if file.is_file() and file.name not in _NOT_WEIGHTS
-    }
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from charm_core.mismatch import MismatchConfig
@@ -89,6 +90,8 @@ def page_of(outcome: Outcome) -> AblationPage:
 @pytest.mark.slow
 def test_every_recipe_is_measured_with_every_seed(first: Outcome):
     page = page_of(first)
+    run = MlflowClient(RuntimeSettings().tracking().uri).get_run(first.tracking_url.rsplit("/", 1)[-1])
+    assert run.info.run_name == f"ablate tiny · {len(page.cells)} recipes, 2 seeds"
     too_many = "1,000,000 pairs"
     assert {cell.cell: cell.seeds for cell in page.cells} == {c.name: 2 for c in cells_of(RUN) if c.name != too_many}
     (left_out,) = (sentence for sentence in page.skipped if sentence.startswith(too_many))

@@ -105,6 +105,8 @@ class TestCommands:
         assert "is the champion now, by the gate" in command("--model", NAME, "--version", "1", "--promote", "gate")[1]
         status, said = command("--model", NAME, "--version", "2", "--promote", "gate")
         assert (status, champion(client)) == (0, "1")
+        experiments = [one.experiment_id for one in client.search_experiments()]
+        assert client.search_runs(experiments)[0].info.run_name == f"promote {NAME} · champion: 1"
         assert "Version 2 of charm-sample did not become the champion (version 1 stays)" in said
         assert "failed: mismatch_untouched" in said
 

@@ -153,6 +153,8 @@ class Runs:
     """Of each scoring with the base model in the second run: whether it was reused."""
     trainings: list[StepCall]
     """Of the second run."""
+    remembered: int
+    """Files whose digests were remembered after it."""
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +181,7 @@ def runs(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 if call.step == "score_responses" and call.inputs["model"]["digest"] == base
             ],
             trainings=[call for call in ledger.calls if call.step == "train_reward_model"],
+            remembered=sum(path.is_file() for path in RuntimeSettings().digest_memo().rglob("*")),
         )
 
 
@@ -235,3 +238,8 @@ def test_the_second_run_says_why(runs: Runs):
     assert re.search(
         r"inputs have other content than then: \w+: file\.digest [0-9a-f]{12} → [0-9a-f]{12}", runs.second.summary
     )
+
+
+def test_the_digests_of_the_base_models_files_are_remembered(runs: Runs, prepared: Prepared):
+    """So that a cached run does not read all of its weights; the second run met them long after they were written."""
+    assert runs.remembered == sum(path.is_file() for path in prepared.model.iterdir())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from prefect.client.orchestration import get_client
 
 from charm_core.errors import ConfigError, RatingsError, ServiceError
 from charm_core.mismatch import MismatchConfig
@@ -81,6 +82,19 @@ def test_news_that_is_older_than_what_the_model_is_calibrated_to_changes_nothing
         "is calibrated to later ratings already, of 2025-03-14; these are of 2025-03-07"
         in recalibrate(RUN, news(old, new)).summary
     )
+
+
+def test_its_runs_say_what_became_of_them(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch):
+    old, new = keep(store, 0), keep(store, 1)
+    calibrated(store, new)
+    assert recalibrate(RUN, news(old, new)).calibration is None
+    monkeypatch.setenv("CHARM_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens: a calibration ends as it begins
+    other = RUN.model_copy(update={"mismatch": MismatchConfig(bootstrap_replicates=70)})
+    with pytest.raises(ServiceError, match="MLflow"):
+        recalibrate(other, news(old, new))
+    with get_client(sync_client=True) as prefect:
+        names = {run.name for run in prefect.read_flow_runs()}
+    assert {"recalibrate charm-m · nothing to do", f"recalibrate charm-m · board 2025-03-07 ({new.short})"} <= names
 
 
 def test_other_settings_are_calibrated_again(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch):

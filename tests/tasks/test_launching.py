@@ -15,9 +15,9 @@ from charm_core.errors import ConfigError, ModelError, TableError, TrainingError
 from charm_core.reward_model.jobs import ScoringJob, TrainingJob
 from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
-from charm_core.reward_model.workdir import read_curve
+from charm_core.reward_model.workdir import CURVE, append_curve, curve_line, read_curve
 from charm_core.reward_model.worker import identify, is_alive
-from tasks.launching import rank_count, run_scoring, run_training
+from tasks.launching import CurveReader, rank_count, run_scoring, run_training
 from tests.charm_core.reward_model.tiny import pairs_table, prompts_and_responses, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -211,3 +211,43 @@ def test_launching_and_specs_import_no_torch_and_no_prefect():
     )
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert json.loads(output) == []
+
+
+class TestCurveReader:
+    RECORDS = tuple({"step": step, "loss": 1 / step} for step in range(1, 6))
+
+    def test_every_record_is_passed_on_once_and_in_order(self, tmp_path):
+        found = []
+        reader = CurveReader(tmp_path / CURVE, found.append)
+        reader.poll()  # there is no curve yet
+        for record in self.RECORDS[:2]:
+            append_curve(tmp_path, record)
+            reader.poll()
+            reader.poll()
+        for record in self.RECORDS[2:]:
+            append_curve(tmp_path, record)
+        reader.poll()
+        assert found == list(self.RECORDS)
+
+    def test_a_line_that_is_half_written_waits_for_its_end(self, tmp_path):
+        found = []
+        reader = CurveReader(tmp_path / CURVE, found.append)
+        written = "".join(map(curve_line, self.RECORDS)).encode()
+        for end in range(0, len(written) + 1, 7):
+            (tmp_path / CURVE).write_bytes(written[:end])
+            reader.poll()
+            assert found == list(self.RECORDS[: written[:end].count(b"\n")])
+        (tmp_path / CURVE).write_bytes(written)
+        reader.poll()
+        assert found == list(self.RECORDS)
+
+    def test_what_was_read_is_not_read_again(self, tmp_path):
+        """A long training would otherwise cost its square."""
+        found = []
+        reader = CurveReader(tmp_path / CURVE, found.append)
+        append_curve(tmp_path, self.RECORDS[0])
+        reader.poll()
+        first = (tmp_path / CURVE).read_bytes()
+        (tmp_path / CURVE).write_bytes(b"#" * len(first) + curve_line(self.RECORDS[1]).encode())
+        reader.poll()
+        assert found == list(self.RECORDS[:2])

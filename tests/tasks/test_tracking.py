@@ -1,9 +1,11 @@
 """MLflow: one run per flow run, with the right status, in a real SQLite store."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -358,6 +360,25 @@ class TestServices:
         with pytest.raises(ServiceError, match=r"'gone' was deleted; restore it"), tracked_run(bad, "run", tags={}):
             raise AssertionError("never gets here")
 
+    def test_a_fresh_database_has_the_tables_that_mlflow_makes(self, tmp_path: Path):
+        from mlflow import MlflowClient
+
+        ours, theirs = tmp_path / "ours.db", tmp_path / "theirs.db"
+        with tracked_run(TrackingSettings(uri=f"sqlite:///{ours}"), "run", tags={}):
+            pass
+        MlflowClient(tracking_uri=f"sqlite:///{theirs}")
+        assert _tables(ours) == _tables(theirs)
+        assert len(_tables(ours)) > 10
+
+    def test_a_database_that_is_not_empty_is_left_as_it_is(self, tmp_path: Path):
+        """Another MLflow may be making its tables at this moment."""
+        path = tmp_path / "mlflow.db"
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("CREATE TABLE somebody (name TEXT)")
+        with tracked_run(TrackingSettings(uri=f"sqlite:///{path}"), "run", tags={}):
+            pass
+        assert "somebody" in _tables(path)
+
     def test_two_processes_make_one_experiment_in_a_fresh_database(self, tmp_path: Path):
         settings = TrackingSettings(
             uri=f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}", artifact_location=(tmp_path / "files").as_uri()
@@ -385,3 +406,18 @@ class TestServices:
         experiment = client.get_experiment_by_name("charm")
         runs = client.search_runs([experiment.experiment_id])
         assert [(run.info.status, run.data.metrics) for run in runs] == [("FINISHED", {"a": 1.0})] * 2
+
+
+def _tables(path: Path) -> dict[str, dict[str, list[Any]]]:
+    """Columns, foreign keys, indices and, of the schema's version, the content of every table."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        asked = ("table_info", "foreign_key_list", "index_list")
+        tables: dict[str, dict[str, list[Any]]] = {
+            # without their numbers, in which two databases that MLflow itself makes differ
+            name: {what: sorted(str(row[1:]) for row in database.execute(f"PRAGMA {what}('{name}')")) for what in asked}
+            for name in names
+        }
+        if "alembic_version" in tables:
+            tables["alembic_version"]["rows"] = database.execute("SELECT * FROM alembic_version").fetchall()
+    return tables

@@ -1,5 +1,7 @@
 """The step that fine-tunes, for reward models that are not plain classifiers: store in, store out."""
 
+import logging
+
 import pytest
 
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
@@ -8,7 +10,7 @@ from tasks.preflight import check_before_run
 from tasks.prompts import ResponseSet
 from tasks.scoring import identify_reward_model, score_responses
 from tasks.store import ArtifactStore
-from tasks.training import train_reward_model
+from tasks.training import _shown_steps, train_reward_model
 from tests.charm_core.reward_model.kinds import save_adapter, save_causal, save_value_head
 from tests.charm_core.reward_model.tiny import pairs_table, prompts_and_responses
 
@@ -45,3 +47,14 @@ def test_a_reward_model_is_checked_trained_stored_and_scored_with(tmp_path, kind
     assert (report.kind, report.findings) == (becomes, ())
     scored = score_responses.function(store, trained.model, asked)
     assert store.read_table(scored.scores, SCORES).height == responses.height
+
+
+def test_a_line_about_a_step_is_progress_and_any_other_is_logged(caplog: pytest.LogCaptureFixture):
+    """A run in Prefect has what a person reads, not a line for each of many thousand steps."""
+    told = []
+    line = _shown_steps(lambda done, total, note="": told.append((done, total, note)))
+    with caplog.at_level(logging.INFO):
+        line("rank 0: step 7 of 90: loss 0.6931, accuracy 0.500, 1000 tokens/s")
+        line("evaluated: accuracy 75% of pairs")
+    assert told == [(7, 90, "loss 0.6931")]
+    assert [record.getMessage() for record in caplog.records] == ["evaluated: accuracy 75% of pairs"]
