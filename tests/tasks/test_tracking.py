@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +184,24 @@ class TestServerAway:
             run._client.log_batch = take
             assert run.show_curve([{"step": 0, "loss": 1.0}])
 
-    def test_a_nested_run_that_cannot_be_closed_does_not_end_its_parent(self, settings: TrackingSettings, client: Any):
+    def test_a_nested_run_that_cannot_be_closed_is_closed_with_its_parent(
+        self, settings: TrackingSettings, client: Any
+    ):
         with tracked_run(settings, "run", tags={}) as run:
             close = run._client.set_terminated
-            with run.nested("training"):
+            with run.nested("first try") as failed, suppress(ValueError), run.nested("part of it") as part:
                 run._client.set_terminated = refuse
+                raise ValueError("no")
+            with run.nested("second try") as done:
+                pass
             run._client.set_terminated = close
-        assert client.get_run(run.run_id).info.status == "FINISHED"
+        runs = (run, failed, part, done)
+        assert [client.get_run(one.run_id).info.status for one in runs] == [
+            "FINISHED",
+            "FINISHED",
+            "FAILED",
+            "FINISHED",
+        ]
 
 
 class TestLogging:
