@@ -173,8 +173,8 @@ class TrackedRun:
             self._client.set_tag(self.run_id, name, value)
 
     def registry(self) -> contextlib.AbstractContextManager[Any]:
-        """The model registry of the same server; see ``open_registry``."""
-        return open_registry(self._settings)
+        """The model registry of the same server; see ``open_registry``. A run that is under way waits for that a while."""
+        return _registry(self._settings)
 
     @contextlib.contextmanager
     def nested(self, name: str, tags: Mapping[str, str] | None = None) -> Iterator["TrackedRun"]:
@@ -286,6 +286,12 @@ def open_registry(settings: TrackingSettings) -> Iterator[Any]:
         ServiceError: The registry does not answer, or will not do it.
     """
     check_tracking(settings)
+    with _registry(settings) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _registry(settings: TrackingSettings) -> Iterator[Any]:
     try:
         with _creation_lock(settings):
             yield _client(settings)

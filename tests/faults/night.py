@@ -34,8 +34,8 @@ TITLE = f"calibrate {NAME}"
 MODEL = f"charm-{NAME}"
 LIMIT = 900.0
 """Seconds for a job, start-up and a busy machine included."""
-GONE = 30.0
-"""Seconds in which the processes of a dead job must have ended; workers look twice a second."""
+GONE = 60.0
+"""Seconds in which the processes of a dead job must have ended; workers look twice a second, torchrun waits for half a minute."""
 
 
 def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:

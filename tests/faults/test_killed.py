@@ -157,9 +157,9 @@ def test_both_ranks_are_killed_one_after_the_other(night: Night, undisturbed: Le
     job = night.start(when.first, when.then)
     launcher = psutil.Process(job.halted()).parent()
     ranks(launcher)[0].kill()
-    # the run tries again by itself, from the last checkpoint
-    psutil.wait_procs([launcher], timeout=GONE)
+    launcher.wait(timeout=GONE)
     job.go_on()
+    # the run tries again by itself, from the last checkpoint
     launcher = psutil.Process(job.halted(1)).parent()
     ranks(launcher)[1].kill()
     job.go_on(1)

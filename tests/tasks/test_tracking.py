@@ -23,6 +23,7 @@ from tasks.tracking import (
     TrackingSettings,
     check_tracking,
     current_run,
+    open_registry,
     register_version,
     tracked_run,
 )
@@ -202,6 +203,19 @@ class TestServerAway:
             "FAILED",
             "FINISHED",
         ]
+
+    def test_the_registry_of_a_run_waits_for_its_server(
+        self, settings: TrackingSettings, monkeypatch: pytest.MonkeyPatch
+    ):
+        def away(_: TrackingSettings) -> None:
+            raise ServiceError("does not answer")
+
+        with tracked_run(settings, "run", tags={}) as run:
+            monkeypatch.setattr("tasks.tracking.check_tracking", away)
+            with pytest.raises(ServiceError, match=r"does not answer"), open_registry(settings):
+                pass
+            with run.registry() as client:  # it is the client that waits, or gives up
+                assert client.search_registered_models() is not None
 
 
 class TestLogging:

@@ -64,8 +64,11 @@ def _lie_in_wait(points: list[dict[str, Any]]) -> None:
                     point.meet(text)
 
     def profile(frame: FrameType, event: str, _argument: Any) -> None:
-        # most calls are of others
-        if event == "call" and (module := frame.f_globals.get("__name__", "")).startswith("charm_core."):
+        if event != "call":
+            return
+        # not __name__, which is __main__ for the worker's own module
+        module = getattr(frame.f_globals.get("__spec__"), "name", "")
+        if module.startswith("charm_core."):  # most calls are of others
             for point in calls:
                 point.meet(f"{module}.{frame.f_code.co_qualname}")
 
