@@ -19,6 +19,7 @@ from tasks.device_turns import use_cpu_jobs
 from tasks.ledger import Ledger, keep_ledger, last_ledger
 from tasks.progress import tell
 from tasks.publishing import publish_link
+from tasks.scratch import remove_abandoned_folders
 from tasks.secrets import use_secrets
 from tasks.source_digests import use_digest_memo
 from tasks.store import ArtifactStore
@@ -58,14 +59,15 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
         ArtifactError: The store cannot be written.
         ServiceError: The tracking server does not answer.
     """
+    if flow_run.id is not None:
+        claim_flow_run(UUID(str(flow_run.id)))  # first: a run that is killed before that is shown as running for ever
     runtime = RuntimeSettings()
     store = runtime.artifact_store()
     store.check_writable()
     tags = {"charm.flow": kind, "prefect.flow_run_id": str(flow_run.id), "prefect.flow_run_url": _flow_run_url()}
     title, plain = f"{kind} {name}", settings.model_dump(mode="json")
-    if flow_run.id is not None:
-        claim_flow_run(UUID(str(flow_run.id)))
     crash_abandoned_flow_runs()
+    remove_abandoned_folders()
     last = last_ledger(store, title)
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_store(store))

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from charm_core.errors import ConfigError, ServiceError
 from tasks.model_registry import Move, RegisteredModel
 from tasks.registry import GATE_TAG, released_ref
+from tasks.scratch import scratch_folder
 from tasks.secrets import SECRET_NAME_SCHEMA, check_secret_name, secret
 from tasks.store import MANIFEST, ArtifactStore, file_digest
 
@@ -146,9 +146,9 @@ def _escaped(move: Move) -> str:
 def _release(store: ArtifactStore, model: RegisteredModel, number: str) -> Iterator[Path]:
     with (
         store.local_folder(released_ref(model.version(number))) as source,
-        tempfile.TemporaryDirectory(prefix="charm-push-") as name,
+        scratch_folder("push") as scratch,
     ):
-        folder = Path(name, "model")
+        folder = scratch / "model"
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns(MANIFEST))
         card = folder / CARD
         card.write_text(promotion_card(card.read_text(encoding="utf-8"), model, number), encoding="utf-8")

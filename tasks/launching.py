@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import filelock
 
@@ -46,6 +45,7 @@ from charm_core.reward_model.workdir import (
 from charm_core.reward_model.worker import PROGRESS, identify
 from tasks.device_turns import device_turn
 from tasks.process_trees import lines_of, process_tree
+from tasks.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def run_scoring(
         elif log is not None:
             log(text)
 
-    with TemporaryDirectory(prefix="charm-scoring-") as folder:
+    with scratch_folder("scoring") as folder:
         launch = Path(folder) / LAUNCH
         write_text(launch, Launch(scoring=job, parent=identify(os.getpid())).model_dump_json())
         _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, line, lambda: None)
@@ -148,7 +148,7 @@ def run_preflight(job: PreflightJob) -> PreflightReport:
         ServiceError: The model is on the hub, which does not answer.
         TrainingError: Anything else; its message ends with the last lines that the process printed.
     """
-    with TemporaryDirectory(prefix="charm-preflight-") as folder:
+    with scratch_folder("preflight") as folder:
         launch = Path(folder) / LAUNCH
         write_text(launch, Launch(preflight=job, parent=identify(os.getpid())).model_dump_json())
         _run(
@@ -175,7 +175,7 @@ def run_generation(job: GenerationJob, poll: Callable[[], None], log: OnLine | N
         ModelError, ConfigError: The job cannot be done as it is.
         TrainingError: Anything else; its message ends with the last lines that the process printed.
     """
-    with TemporaryDirectory(prefix="charm-generation-") as folder:
+    with scratch_folder("generation") as folder:
         launch = Path(folder) / LAUNCH
         write_text(launch, Launch(generation=job, parent=identify(os.getpid())).model_dump_json())
         _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, log, poll)
@@ -193,7 +193,7 @@ def run_post_training(job: PostTrainingJob, log: OnLine | None = None) -> PostTr
         ModelError, ConfigError, ArtifactError: The job cannot be done as it is.
         TrainingError: Anything else; its message ends with the last lines that the processes printed.
     """
-    with TemporaryDirectory(prefix="charm-post-training-") as folder:
+    with scratch_folder("post-training") as folder:
         launch = Path(folder) / LAUNCH
         write_text(launch, Launch(post_training=job, parent=identify(os.getpid())).model_dump_json())
         command, environment = _training_command(launch, job.config), _environment(job.config)
@@ -208,7 +208,7 @@ def run_tiny_policy(job: TinyPolicyJob, log: OnLine | None = None) -> None:
         WorkerLostError: The process was killed.
         ConfigError: The job cannot be done as it is.
     """
-    with TemporaryDirectory(prefix="charm-tiny-policy-") as folder:
+    with scratch_folder("tiny-policy") as folder:
         launch = Path(folder) / LAUNCH
         write_text(launch, Launch(tiny_policy=job, parent=identify(os.getpid())).model_dump_json())
         _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, log, lambda: None)

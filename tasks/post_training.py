@@ -1,6 +1,5 @@
 """Post-training a policy model: responses of its own, pairs as a reward model orders them, DPO, and who answers better."""
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from tasks.policy_models import PolicyModel, TransformersBackend, VllmBackend
 from tasks.prompts import ResponseSet
 from tasks.publishing import run_logger
 from tasks.sampling import sample_responses
+from tasks.scratch import scratch_folder
 from tasks.store import ArtifactRef, ArtifactStore
 
 UNTOUCHED = "untouched"
@@ -119,7 +119,7 @@ def teach_policy(store: ArtifactStore, world: SimulationConfig, prompts: int, co
         config: Its size, and how long it is taught.
     """
     arena = simulate_arena(world.model_copy(update={"prompts": prompts}))
-    with tempfile.TemporaryDirectory(prefix="charm-tiny-policy-") as folder:
+    with scratch_folder("tiny-policy") as folder:
         job = TinyPolicyJob(
             vocabulary=arena.vocabulary,
             prompts_path=Path(folder, "prompts.parquet"),
@@ -229,7 +229,7 @@ def post_train_policy(
         pairs: PAIRS.
         config: How.
     """
-    with tempfile.TemporaryDirectory(prefix="charm-post-training-") as folder, policy.local_spec(store) as spec:
+    with scratch_folder("post-training") as folder, policy.local_spec(store) as spec:
         job = PostTrainingJob(
             model=spec, pairs_path=Path(folder, "pairs.parquet"), output_dir=Path(folder, "model"), config=config
         )

@@ -1,7 +1,6 @@
 """Pre-flight of a reward model: what is wrong with it, known before anything is scored with it."""
 
 import contextlib
-import tempfile
 from pathlib import Path
 
 import polars as pl
@@ -12,6 +11,7 @@ from charm_core.tables import PROMPTS, RESPONSES
 from tasks.launching import run_preflight
 from tasks.prompts import ResponseSet
 from tasks.scoring import RewardModelRef
+from tasks.scratch import scratch_folder
 from tasks.store import ArtifactStore
 
 __all__ = ["Finding", "PreflightReport", "Severity", "check_before_run"]
@@ -43,7 +43,7 @@ def check_before_run(
     Raises:
         ServiceError: The model is on the hub, which does not answer.
     """
-    with tempfile.TemporaryDirectory(prefix="charm-preflight-") as folder, contextlib.ExitStack() as stack:
+    with scratch_folder("preflight") as folder, contextlib.ExitStack() as stack:
         spec = stack.enter_context(model.local_spec(store)) if isinstance(model, RewardModelRef) else model
         job = PreflightJob(model=spec, training=training, report_path=Path(folder, "report.json"))
         if responses is not None:

@@ -2,7 +2,6 @@
 
 import shutil
 import socket
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
@@ -20,6 +19,7 @@ from tasks.pages.report_data import ReportData
 from tasks.promotion import AFTER, judge_report, verdict_markdown
 from tasks.publishing import publish_markdown
 from tasks.scoring import RewardModelRef
+from tasks.scratch import scratch_folder
 from tasks.store import MANIFEST, ArtifactRef, ArtifactStore
 from tasks.tracking import TrackedRun, register_version, registered_version
 
@@ -66,8 +66,8 @@ class Promotion(BaseModel):
 @step(version=1)
 def package_model(store: ArtifactStore, model: RewardModelRef, card: ArtifactRef) -> ArtifactRef:
     """The model's folder with its model card."""
-    with model.local_spec(store) as spec, tempfile.TemporaryDirectory(prefix="charm-release-") as name:
-        folder = Path(name, "model")
+    with model.local_spec(store) as spec, scratch_folder("release") as scratch:
+        folder = scratch / "model"
         shutil.copytree(spec.path, folder, ignore=shutil.ignore_patterns(MANIFEST))
         Path(folder, "README.md").write_bytes(store.read_bytes(card))
         return store.write_folder(folder, "released_model")

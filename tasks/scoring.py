@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from tasks.caching import step
 from tasks.launching import run_scoring
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
+from tasks.scratch import scratch_folder
 from tasks.source_digests import weights_digest
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile, read_source
 
@@ -156,7 +156,7 @@ def worker_was_lost(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> 
 @step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
 def score_responses(store: ArtifactStore, model: RewardModelRef, responses: ResponseSet) -> Scored:
     """Score responses in a process of their own."""
-    with tempfile.TemporaryDirectory(prefix="charm-scoring-") as folder, model.local_spec(store) as spec:
+    with scratch_folder("scoring") as folder, model.local_spec(store) as spec:
         job = ScoringJob(
             model=spec,
             prompts_path=Path(folder, "prompts.parquet"),

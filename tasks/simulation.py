@@ -1,8 +1,5 @@
 """The simulated arena as sources for a flow: prompts, responses, votes, a reward model that really has the bias, the truth."""
 
-import tempfile
-from pathlib import Path
-
 from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
@@ -11,6 +8,7 @@ from charm_core.tables import BATTLES, PAIRS, PROMPTS, RESPONSES, SCORES
 from tasks.caching import step
 from tasks.prompts import ResponseSet
 from tasks.scoring import RewardModelRef
+from tasks.scratch import scratch_folder
 from tasks.store import ArtifactRef, ArtifactStore
 
 
@@ -43,8 +41,8 @@ def simulate_sources(store: ArtifactStore, config: SimulationConfig, max_length:
     from charm_core.reward_model.tiny import build_tiny_reward_model  # torch takes seconds to import
 
     arena = simulate_arena(config)
-    with tempfile.TemporaryDirectory(prefix="charm-tiny-") as name:
-        folder = Path(name, "model")
+    with scratch_folder("tiny") as scratch:
+        folder = scratch / "model"
         build_tiny_reward_model(arena.vocabulary, folder, seed=config.seed)
         untrained = store.write_folder(folder, "reward_model")
     return SimulatedSources(

@@ -121,8 +121,12 @@ class ArtifactStore(BaseModel):
 
     def write_folder(self, folder: Path, kind: str) -> ArtifactRef:
         """Store a folder of files (a model). Its digest is that of a manifest of names, sizes and file digests."""
-        # a folder that was copied out of a store brings that store's manifest along
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+        # a folder that was copied out of a store brings that store's manifest along, and what a killed writer left there
+        files = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and path != folder / MANIFEST and not path.name.endswith(_TEMPORARY)
+        )
         if not files:
             raise ArtifactError(f"the folder {folder} to be stored as {kind!r} has no files")
         entries: dict[str, dict[str, Any]] = {
@@ -140,9 +144,9 @@ class ArtifactStore(BaseModel):
                 for name in _file_names(filesystem, path) - entries.keys():
                     filesystem.rm_file(f"{path}/{name}")
                 for name in entries:
-                    self._put_file(f"{uri}/{name}", folder / name)
+                    self._put_file(f"{uri}/{name}", folder / name, part_of=path)
                 # the manifest last: a folder without it is not there yet
-                self._put(f"{uri}/{MANIFEST}", manifest)
+                self._put(f"{uri}/{MANIFEST}", manifest, part_of=path)
         return ref
 
     def read_table(self, ref: ArtifactRef, schema: TableSchema) -> pl.DataFrame:
@@ -293,20 +297,20 @@ class ArtifactStore(BaseModel):
     def _uri(self, kind: str, name: str) -> str:
         return f"{self.url.rstrip('/')}/{kind}/{name[:2]}/{name}"
 
-    def _put(self, uri: str, content: bytes) -> None:
+    def _put(self, uri: str, content: bytes, *, part_of: str | None = None) -> None:
         filesystem, path = fsspec.core.url_to_fs(uri)
         if not _is_local(filesystem):
             filesystem.pipe_file(path, content)  # an object store shows an object when it is complete
             return
-        with _atomic_file(Path(path)) as file:
+        with _atomic_file(Path(path), part_of) as file:
             file.write(content)
 
-    def _put_file(self, uri: str, source: Path) -> None:
+    def _put_file(self, uri: str, source: Path, *, part_of: str) -> None:
         filesystem, path = fsspec.core.url_to_fs(uri)
         if not _is_local(filesystem):
             filesystem.put_file(str(source), path)
             return
-        with source.open("rb") as reader, _atomic_file(Path(path)) as file:
+        with source.open("rb") as reader, _atomic_file(Path(path), part_of) as file:
             shutil.copyfileobj(reader, file, _BLOCK)
 
 
@@ -358,9 +362,16 @@ def _made(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _atomic_file(target: Path) -> Iterator[io.BufferedWriter]:
+def _atomic_file(target: Path, part_of: str | None = None) -> Iterator[io.BufferedWriter]:
+    """A file that gets its name when it is complete.
+
+    Args:
+        target: Its name.
+        part_of: The folder of files that it belongs to. Until it is complete it lies beside that: what a killed writer leaves
+            inside, whoever copies the folder would take for a part of it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
+    temporary = Path(part_of or target).with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -9,7 +9,6 @@ what is damaged or gone is scored again. One text has one score: the first that 
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from tasks.progress import Progress
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
 from tasks.scoring import RewardModelRef
+from tasks.scratch import scratch_folder
 from tasks.store import ArtifactRef, ArtifactStore
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _report(progress: Progress, before: int, total: int, done: int, _of: int) ->
 
 def _score(store: ArtifactStore, model: RewardModelRef, texts: pl.DataFrame, progress: Progress) -> pl.DataFrame:
     """TEXT_SCORES of some texts, from one process."""
-    with tempfile.TemporaryDirectory(prefix="charm-scoring-") as folder, model.local_spec(store) as spec:
+    with scratch_folder("scoring") as folder, model.local_spec(store) as spec:
         cuts = Path(folder, "cuts.parquet")
         job = ScoringJob(
             model=spec,

@@ -82,6 +82,8 @@ class TrackedRun:
         self.experiment_id = experiment_id
         self._settings = settings
         self.nested_names: set[str] = set()
+        self.unclosed: dict[str, str] = {}
+        """Nested runs that the server was not there to close, and the status that they deserve."""
 
     @property
     def url(self) -> str:
@@ -171,14 +173,14 @@ class TrackedRun:
             self._client.set_tag(self.run_id, name, value)
 
     def registry(self) -> contextlib.AbstractContextManager[Any]:
-        """The model registry of the same server; see ``open_registry``."""
-        return open_registry(self._settings)
+        """The model registry of the same server; see ``open_registry``. A run that is under way waits for that a while."""
+        return _registry(self._settings)
 
     @contextlib.contextmanager
     def nested(self, name: str, tags: Mapping[str, str] | None = None) -> Iterator["TrackedRun"]:
         """A child run, shown below this one."""
         self.nested_names.add(name)
-        with _open_run(self._settings, self._client, self.experiment_id, name, tags or {}, parent=self.run_id) as run:
+        with _open_run(self._settings, self._client, self.experiment_id, name, tags or {}, parent=self) as run:
             yield run
 
 
@@ -284,6 +286,12 @@ def open_registry(settings: TrackingSettings) -> Iterator[Any]:
         ServiceError: The registry does not answer, or will not do it.
     """
     check_tracking(settings)
+    with _registry(settings) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _registry(settings: TrackingSettings) -> Iterator[Any]:
     try:
         with _creation_lock(settings):
             yield _client(settings)
@@ -298,29 +306,47 @@ def _open_run(
     experiment_id: str,
     name: str,
     tags: Mapping[str, str],
-    parent: str | None = None,
+    parent: TrackedRun | None = None,
 ) -> Iterator[TrackedRun]:
-    own_tags = {**tags, PROCESS_TAG: process_identity(), **({"mlflow.parentRunId": parent} if parent else {})}
+    own_tags = {**tags, PROCESS_TAG: process_identity(), **({"mlflow.parentRunId": parent.run_id} if parent else {})}
     run_id = client.create_run(experiment_id, run_name=name, tags=own_tags).info.run_id
+    run = TrackedRun(client, run_id, experiment_id, settings)
+    status = "FINISHED"
     try:
-        yield TrackedRun(client, run_id, experiment_id, settings)
+        yield run
     except BaseException as error:
         # what is no Exception: Ctrl-C, cancelled by Prefect, told to exit
-        _close_if_possible(settings, client, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
-    if parent:
-        _close_if_possible(settings, client, run_id, "FINISHED")  # it shows a part of a run, which goes on
-    else:
-        client.set_terminated(run_id, "FINISHED")
+    finally:
+        if parent is None and status == "FINISHED":
+            client.set_terminated(run_id, status)  # which waits for a server that is away for a while
+            _close_if_possible(settings, client, run.unclosed)
+        else:
+            left = _close_if_possible(settings, client, {run_id: status, **run.unclosed})
+            if (
+                parent is not None
+            ):  # this shows a part of a run, which goes on and closes later what cannot be closed now
+                parent.unclosed |= left
 
 
-def _close_if_possible(settings: TrackingSettings, client: Any, run_id: str, status: str) -> None:
-    """Close a run; if that fails it must not hide the error that ended the run, and the next run closes it."""
+def _close_if_possible(settings: TrackingSettings, client: Any, closing: Mapping[str, str]) -> dict[str, str]:
+    """Close runs with a status each; if that fails it must not hide the error that ended them, and the next run closes them.
+
+    Returns:
+        Those that could not be closed.
+    """
+    left = dict(closing)
+    if not closing:
+        return left
     try:
         check_tracking(settings)  # the client would try a server that is gone again and again, for minutes
-        client.set_terminated(run_id, status)
+        for run_id, status in closing.items():
+            client.set_terminated(run_id, status)
+            del left[run_id]
     except (ServiceError, _mlflow_error()) as error:
-        logger.warning("MLflow run %s could not be closed as %s; the next run does that: %s", run_id, status, error)
+        logger.warning("MLflow runs %s could not be closed; that is done later: %s", left, error)
+    return left
 
 
 def _versions_of(client: Any, model_name: str, digest: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tasks.pace import Pace
 from tasks.progress import Progress
 from tasks.publishing import report_progress, run_logger
 from tasks.scoring import RewardModelRef, worker_was_lost
+from tasks.scratch import scratch_folder
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.tracking import TrackedRun, current_run
 
@@ -88,7 +88,7 @@ def train_reward_model(
     inputs = {"base": base, "pairs": pairs, "ratings": ratings, "config": config}
     work = Path(store.work_folder, content_key("train", 1, inputs))
     work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="charm-training-") as folder, base.local_spec(store) as spec:
+    with scratch_folder("training") as folder, base.local_spec(store) as spec:
         job = TrainingJob(
             model=spec,
             pairs_path=Path(folder, "pairs.parquet"),

@@ -7,7 +7,6 @@ dataset is ever run: ``datasets`` has given up loading scripts, and nothing here
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import CharmError, ConfigError, ServiceError, TableError
 from charm_core.prompt_formats import Row
+from tasks.scratch import scratch_folder
 from tasks.store import SourceFile, file_digest, read_source, source_file
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _opened(source: SourceDataset) -> Iterator["datasets.Dataset"]:
 
     if source.revision is None and _folder_digest(Path(source.path)) != source.digest:
         raise ConfigError(f"the folder {source.path} has changed since this run started; run again")
-    with tempfile.TemporaryDirectory(prefix="charm-datasets-") as cache:
+    with scratch_folder("datasets") as cache:
         try:
             if source.revision is not None:
                 dataset = datasets.load_dataset(

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import polars as pl
 
@@ -14,6 +13,7 @@ from charm_core.tables import PROMPTS
 from tasks.answering.chat import Prompt
 from tasks.launching import run_generation
 from tasks.policy_models import TransformersBackend, VllmBackend
+from tasks.scratch import scratch_folder
 
 
 class _StoppedError(Exception):
@@ -41,7 +41,7 @@ def ask_in_process(
         ModelError, ConfigError: The model cannot be used.
         SamplingError: The process failed or was killed.
     """
-    with TemporaryDirectory(prefix="charm-sampling-") as folder:
+    with scratch_folder("sampling") as folder:
         job = GenerationJob(
             model=PolicyModelSpec(engine=backend.kind, **backend.model_dump(exclude={"kind"})),
             decoding=decoding,

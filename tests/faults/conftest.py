@@ -29,7 +29,7 @@ JOB = CalibrationRun(
     split=SplitConfig(held_out_policy_models=HELD_OUT_WRITERS),
     mismatch=MismatchConfig(bootstrap_replicates=100),
     calibration=OffsetConfig(bootstrap_replicates=20),
-    preferences=PreferenceConfig(strategy="all_pairs"),
+    preferences=PreferenceConfig(strategy="all_pairs", held_out_fraction=0.3),
     training=TrainingConfig(
         objective="win_rate_matching",
         learning_rate=5e-4,
@@ -52,6 +52,7 @@ def whole_night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nigh
     """The servers, and what an undisturbed run came to."""
     folder = tmp_path_factory.mktemp("night")
     copy_code(folder / "code")
+    (folder / "tmp").mkdir()
     write_settings(folder / "run.toml", JOB)
     for prefect, mlflow in servers(folder):
         night = Night(folder, prefect, mlflow, experiment="undisturbed")

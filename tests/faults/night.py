@@ -6,15 +6,16 @@ time limit. The job is stopped at named points, see ``ambush/sitecustomize.py``;
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ TITLE = f"calibrate {NAME}"
 MODEL = f"charm-{NAME}"
 LIMIT = 900.0
 """Seconds for a job, start-up and a busy machine included."""
-GONE = 30.0
-"""Seconds in which the processes of a dead job must have ended; workers look twice a second."""
+GONE = 60.0
+"""Seconds in which the processes of a dead job must have ended; workers look twice a second, torchrun waits for half a minute."""
 
 
 def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -96,17 +97,29 @@ class Server:
             self.start()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Point:
     """Where a job is to be stopped."""
 
     event: str
     pattern: str
+    passed: int = 0
+    """How many times it may come by there, in each process."""
 
 
 def renamed(pattern: str) -> Point:
     """Just before a file gets its final name."""
     return Point("os.rename", pattern)
+
+
+def opened(pattern: str) -> Point:
+    """Just before a file is opened."""
+    return Point("open", pattern)
+
+
+def called(function: str) -> Point:
+    """Where a rank begins a function, given by its full name."""
+    return Point("call", rf"^{re.escape(function)}$")
 
 
 def requested(pattern: str) -> Point:
@@ -121,20 +134,23 @@ class Job:
     process: subprocess.Popen[bytes]
     log: Path
     home: Path
-    flag: Path
+    flags: list[Path]
+    """A file for each point at which it is stopped."""
 
-    def halted(self) -> int:
+    def halted(self, at: int = 0) -> int:
         """The number of the process that has come to the point; it waits there."""
+        flag = self.flags[at]
 
         def number() -> str:
-            if self.process.poll() is not None and not self.flag.exists():
+            if self.process.poll() is not None and not flag.exists():
                 pytest.fail(f"the job ended before it came to the point:\n{self.output()}")
-            return self.flag.read_text() if self.flag.exists() else ""
+            return flag.read_text() if flag.exists() else ""
 
-        return int(eventually(number, LIMIT, f"the job comes to the point; it said\n{self.output()}"))
+        return int(eventually(number, LIMIT, f"the job comes to point {at}; its log is {self.log}"))
 
-    def go_on(self) -> None:
-        Path(f"{self.flag}.go").touch()
+    def go_on(self, at: int = 0) -> None:
+        """Leave the point; from now on the next one counts."""
+        Path(f"{self.flags[at]}.go").touch()
 
     def kill(self) -> None:
         """``kill -9`` of the flow's own process only."""
@@ -169,6 +185,7 @@ class Night:
     mlflow: Server
     experiment: str = "charm"
     jobs: list[Job] = field(default_factory=list)
+    ambushes: int = 0
 
     @property
     def home(self) -> Path:
@@ -177,6 +194,11 @@ class Night:
     @property
     def code(self) -> Path:
         return self.folder / "code"
+
+    @property
+    def temporary(self) -> Path:
+        """The system's temporary folder, as the jobs see it."""
+        return self.folder / "tmp"
 
     @property
     def store(self) -> ArtifactStore:
@@ -194,26 +216,33 @@ class Night:
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_API_URL": self.api,
             "CHARM_HOME": str(self.home),
+            "TMPDIR": str(self.temporary),
             "CHARM_TRACKING_URI": self.mlflow.health.removesuffix("/health"),
             "CHARM_EXPERIMENT": self.experiment,
             "PYTHONPATH": os.pathsep.join([str(AMBUSH), str(self.code)]),
             **more,
         }
 
-    def start(self, at: Point | None = None, *, flow: str = "calibrate", config: str = "run.toml", **more: str) -> Job:
-        """Start the job, to be stopped at a point or not."""
-        number = len(self.jobs)
-        flag = self.folder / "flags" / f"{self.experiment}-{number}"
-        flag.parent.mkdir(exist_ok=True)
-        if at is not None:
-            more["NIGHT_AMBUSH"] = json.dumps({"event": at.event, "pattern": at.pattern, "flag": str(flag)})
-        log = self.folder / f"{self.experiment}-{number}.log"
+    def ambush(self, points: Sequence[Point]) -> tuple[list[Path], dict[str, str]]:
+        """The points at which a job is stopped, one after the other: their files, and what to set in its environment."""
+        folder = self.folder / "flags"
+        folder.mkdir(exist_ok=True)
+        self.ambushes += 1
+        flags = [folder / f"{self.experiment}-{self.ambushes}-{number}" for number in range(len(points))]
+        found = [{**asdict(point), "flag": str(flag)} for point, flag in zip(points, flags, strict=True)]
+        return flags, {"NIGHT_AMBUSH": json.dumps(found)} if found else {}
+
+    def start(self, *at: Point, flow: str = "calibrate", config: str = "run.toml", **more: str) -> Job:
+        """Start the job, to be stopped at points or not."""
+        flags, ambush = self.ambush(at)
+        log = self.folder / f"{self.experiment}-{len(self.jobs)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"flows.{flow}", "--config", str(self.folder / config)],
-                cwd=self.code, env=self.environment(**more), stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                cwd=self.code, env=self.environment(**ambush, **more), stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
-        self.jobs.append(Job(process, log, self.home, flag))
+        self.jobs.append(Job(process, log, self.home, flags))
         return self.jobs[-1]
 
     def finish(self, **more: Any) -> Job:
@@ -250,6 +279,22 @@ class Night:
         runs = sorted(self.mlflow_runs(), key=lambda run: run.info.start_time)
         numbers = [run.data.tags["prefect.flow_run_id"] for run in runs if "prefect.flow_run_id" in run.data.tags]
         return [httpx.get(f"{self.api}/flow_runs/{number}", timeout=30).json()["state"]["type"] for number in numbers]
+
+    def running_flow_runs(self) -> list[str]:
+        """Names of the flow runs that the Prefect server holds to be under way, whoever's they are."""
+        wanted = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
+        found = httpx.post(f"{self.api}/flow_runs/filter", json=wanted, timeout=30).raise_for_status().json()
+        return [run["name"] for run in found]
+
+    def records(self) -> dict[str, tuple[int, int]]:
+        """The record of every finished step: the same as long as nobody has done the step again."""
+        found = {path.name: path.stat() for path in (self.home / "store" / "steps").glob("*-v*")}
+        return {name: (state.st_ino, state.st_mtime_ns) for name, state in found.items()}
+
+    def forget_all(self) -> None:
+        """Everything is to be done from the beginning."""
+        shutil.rmtree(self.home)
+        self.client().delete_registered_model(MODEL)
 
     def forget(self, *steps: str, name: str | None = None) -> None:
         """Take the results of steps out of the store, as if they had not been run yet."""

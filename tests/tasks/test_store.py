@@ -275,6 +275,12 @@ class TestDamage:
         assert changed.digest != ref.digest
         assert store.is_sound(changed)
 
+    def test_what_a_killed_writer_left_is_no_content(self, store: ArtifactStore, tmp_path: Path):
+        source = model_folder(tmp_path / "model")
+        ref = store.write_folder(source, "model")
+        (source / ".0123.charm-tmp").write_bytes(b"half")
+        assert store.write_folder(source, "model") == ref
+
 
 class TestFailingWrites:
     def test_a_write_that_fails_leaves_nothing(self, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch):
@@ -368,6 +374,17 @@ def write_forever(url: str, seed: int) -> None:
         store.write_bytes(source.randbytes(source.randrange(1, 2_000_000)), "big", ".bin")
 
 
+def die_while_writing_a_folder(url: str, source: Path, last: str) -> None:
+    """Ends just before a file of the folder gets its name."""
+
+    def die(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.rename" and str(arguments[1]).endswith(f"/{last}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(die)
+    ArtifactStore(url=url, work_folder=url).write_folder(source, "model")
+
+
 def write_beyond_the_limit(url: str) -> None:
     store = ArtifactStore(url=url, work_folder=url)
     store.write_bytes(b"small", "kept", ".bin")
@@ -402,6 +419,19 @@ class TestProcesses:
             child.join()
             seen = everything_matches_its_name(store)
         assert seen >= 4
+
+    @pytest.mark.parametrize("last", ["model.safetensors", "sub/empty", MANIFEST])
+    def test_kill_minus_nine_while_writing_a_folder(self, store: ArtifactStore, tmp_path: Path, last: str):
+        source = model_folder(tmp_path / "model")
+        child = multiprocessing.get_context("spawn").Process(
+            target=die_while_writing_a_folder, args=(store.url, source, last)
+        )
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        ref = store.write_folder(source, "model")
+        # who copies the folder copies what was written, and nothing else
+        assert files_below(local(ref)) == sorted([*files_below(source), MANIFEST])
 
     def test_two_processes_on_one_store(self, store: ArtifactStore):
         context = multiprocessing.get_context("spawn")

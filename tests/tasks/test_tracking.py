@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tasks.tracking import (
     TrackingSettings,
     check_tracking,
     current_run,
+    open_registry,
     register_version,
     tracked_run,
 )
@@ -185,13 +187,37 @@ class TestServerAway:
             run._client.log_batch = take
             assert run.show_curve([{"step": 0, "loss": 1.0}])
 
-    def test_a_nested_run_that_cannot_be_closed_does_not_end_its_parent(self, settings: TrackingSettings, client: Any):
+    def test_a_nested_run_that_cannot_be_closed_is_closed_with_its_parent(
+        self, settings: TrackingSettings, client: Any
+    ):
         with tracked_run(settings, "run", tags={}) as run:
             close = run._client.set_terminated
-            with run.nested("training"):
+            with run.nested("first try") as failed, suppress(ValueError), run.nested("part of it") as part:
                 run._client.set_terminated = refuse
+                raise ValueError("no")
+            with run.nested("second try") as done:
+                pass
             run._client.set_terminated = close
-        assert client.get_run(run.run_id).info.status == "FINISHED"
+        runs = (run, failed, part, done)
+        assert [client.get_run(one.run_id).info.status for one in runs] == [
+            "FINISHED",
+            "FINISHED",
+            "FAILED",
+            "FINISHED",
+        ]
+
+    def test_the_registry_of_a_run_waits_for_its_server(
+        self, settings: TrackingSettings, monkeypatch: pytest.MonkeyPatch
+    ):
+        def away(_: TrackingSettings) -> None:
+            raise ServiceError("does not answer")
+
+        with tracked_run(settings, "run", tags={}) as run:
+            monkeypatch.setattr("tasks.tracking.check_tracking", away)
+            with pytest.raises(ServiceError, match=r"does not answer"), open_registry(settings):
+                pass
+            with run.registry() as client:  # it is the client that waits, or gives up
+                assert client.search_registered_models() is not None
 
 
 class TestLogging:
