@@ -79,13 +79,11 @@ class Resampling(BaseModel):
 _SETTINGS = {"rm_bench": RmBenchData}
 """Of benchmarks that can be given in more ways than all can."""
 
-_EachBenchmark: Any = create_model(
-    "_EachBenchmark",
-    **{
-        name: (_SETTINGS.get(name, BenchmarkData) | None, Field(default=None, description=source.about))
-        for name, source in BENCHMARKS.items()
-    },
-)
+_FIELDS: dict[str, Any] = {
+    name: (_SETTINGS.get(name, BenchmarkData) | None, Field(default=None, description=source.about))
+    for name, source in BENCHMARKS.items()
+}
+_EachBenchmark: Any = create_model("_EachBenchmark", **_FIELDS)
 
 
 class BenchmarksConfig(_EachBenchmark):  # type: ignore[misc] # a field for each benchmark of the catalogue
