@@ -86,7 +86,7 @@ _FIELDS: dict[str, Any] = {
 _EachBenchmark: Any = create_model("_EachBenchmark", **_FIELDS)
 
 
-class BenchmarksConfig(_EachBenchmark):  # type: ignore[misc] # a field for each benchmark of the catalogue
+class BenchmarksConfig(_EachBenchmark):
     """Which benchmarks reward models are put to, each by where its items are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

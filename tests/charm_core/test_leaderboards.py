@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 
 from charm_core.errors import RatingsError, TableError
-from charm_core.leaderboard_formats import table_format
 from charm_core.leaderboard_history import ratings_from_snapshots
 from charm_core.leaderboards import (
     BoardQuery,
@@ -258,17 +257,6 @@ def test_intervals_of_another_form_name_the_model(interval: str):
 def test_a_csv_mirror_has_no_categories():
     with pytest.raises(RatingsError, match=r"overall board only, not 'math'"):
         board_from_mirror(mirror(), BoardQuery(category="math"))
-
-
-def test_a_changed_schema_shows_what_was_expected_and_what_was_found():
-    with pytest.raises(
-        RatingsError,
-        match=r"\['model', 'score', '95_pct_ci', 'votes'\].*closest one, 'mirror'.*lacks the columns \['arena_score'\]",
-    ):
-        table_format(["model", "score", "95_pct_ci", "votes"])
-    columns = ["model_name", "rating", "rating_upper", "vote_count", "category", "leaderboard_publish_date"]
-    with pytest.raises(RatingsError, match=r"closest one, 'official'.*lacks the columns \['rating_lower'\]"):
-        table_format(columns)
 
 
 @pytest.mark.parametrize(
