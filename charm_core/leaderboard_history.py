@@ -7,12 +7,19 @@ raw. A mirror's date can be that of a commit or of its collecting; which one it 
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import polars as pl
 
 from charm_core.errors import RatingsError
-from charm_core.leaderboards import FORMATS, BoardQuery, DatedBoard, DateKind, canonical_ratings, renamed
+from charm_core.leaderboards import (
+    BoardHistory,
+    BoardQuery,
+    DatedBoard,
+    DateKind,
+    TableFormat,
+    canonical_ratings,
+    renamed,
+)
 
 BRADLEY_TERRY_SINCE = datetime.date(2024, 1, 9)
 """Since when the official dataset holds Bradley-Terry ratings; online Elo before."""
@@ -24,15 +31,6 @@ _DATE_KINDS: Mapping[str, DateKind] = {
     "jasontrigg0/chatbot-arena-history": "published",  # dates of the Arena's own result files
 }
 _NEAREST_SHOWN = 5
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BoardHistory:
-    """Boards in order of publisher and date."""
-
-    boards: tuple[DatedBoard, ...]
-    notes: tuple[str, ...] = ()
-    """What was left out as a whole."""
 
 
 def ratings_from_snapshots(
@@ -84,7 +82,20 @@ def boards_from_snapshots(snapshots: pl.DataFrame, query: BoardQuery) -> BoardHi
     return BoardHistory(boards=tuple(_snapshot(part, query) for part in parts), notes=_left_out(snapshots, query))
 
 
-def boards_from_official(table: pl.LazyFrame, query: BoardQuery, *, every_date: bool) -> BoardHistory:
+def _read_snapshots(table: pl.LazyFrame, query: BoardQuery, every_date: bool) -> BoardHistory:
+    snapshots = table.collect()
+    if every_date:
+        return boards_from_snapshots(snapshots, query)
+    return BoardHistory(boards=(board_from_snapshots(snapshots, query),))
+
+
+SNAPSHOTS = TableFormat(
+    columns=("date", "model", "category", "style_control", "rating", "ci_low", "ci_high", "votes", "source"),
+    read=_read_snapshots,
+)
+
+
+def boards_from_official(table: pl.LazyFrame, query: BoardQuery, every_date: bool) -> BoardHistory:
     """Boards of the official dataset ``lmarena-ai/leaderboard-dataset``, read lazily: its history has a million rows.
 
     Args:
@@ -112,6 +123,14 @@ def boards_from_official(table: pl.LazyFrame, query: BoardQuery, *, every_date: 
     early = [date for date in dates if date < BRADLEY_TERRY_SINCE]
     note = f"{len(early)} dates before {BRADLEY_TERRY_SINCE} hold online Elo and are left out"
     return BoardHistory(boards=boards, notes=(note,) if every_date and early else ())
+
+
+OFFICIAL = TableFormat(
+    columns=(
+        "model_name", "rating", "rating_lower", "rating_upper", "vote_count", "category", "leaderboard_publish_date",
+    ),
+    read=boards_from_official,
+)  # fmt: skip
 
 
 def _wanted_dates(dates: list[datetime.date], query: BoardQuery, *, every_date: bool) -> list[datetime.date]:
@@ -151,7 +170,7 @@ def _official_board(part: pl.DataFrame, query: BoardQuery) -> DatedBoard:
 
 
 def _matching(snapshots: pl.DataFrame, query: BoardQuery) -> pl.DataFrame:
-    missing = [name for name in FORMATS["snapshots"] if name not in snapshots.columns]
+    missing = [name for name in SNAPSHOTS.columns if name not in snapshots.columns]
     if missing:
         raise RatingsError(f"the snapshots table lacks the columns {missing}; it has {snapshots.columns}")
     return _trusted(_of_board(_typed(snapshots), query))

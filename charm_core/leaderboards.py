@@ -2,12 +2,13 @@
 
 Parsing only: fetching and storing is the business of tasks/arena.py. Nothing is guessed: a document in which the wanted
 board is missing or ambiguous is an error that lists what there is, and one whose form has changed is an error that shows
-what was expected and what was found. Tables of many dates are in ``leaderboard_history.py``.
+what was expected and what was found. Tables of many dates are in ``leaderboard_history.py``; which formats of tables there
+are stands in ``leaderboard_formats.py``.
 """
 
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,19 +21,6 @@ from charm_core.tables import RATINGS, validate
 
 DateKind = Literal["published", "committed", "collected", "stated"]
 """What a board's date is: of publication, of a commit in a mirror, of a mirror's collecting, or stated without saying."""
-
-TableFormat = Literal["ratings", "snapshots", "official", "mirror", "battles"]
-
-FORMATS: Mapping[TableFormat, tuple[str, ...]] = {
-    "ratings": ("policy_model", "rating"),
-    "snapshots": ("date", "model", "category", "style_control", "rating", "ci_low", "ci_high", "votes", "source"),
-    "official": (
-        "model_name", "rating", "rating_lower", "rating_upper", "vote_count", "category", "leaderboard_publish_date",
-    ),
-    "mirror": ("model", "arena_score", "95_pct_ci", "votes"),
-    "battles": ("model_a", "model_b", "winner"),
-}  # fmt: skip
-"""Columns by which a table is recognised; all of them are needed."""
 
 OVERALL = "overall"
 _CATALOG_OVERALL = "full"
@@ -67,22 +55,49 @@ class DatedBoard:
     notes: tuple[str, ...] = ()
 
 
-def table_format(columns: Sequence[str]) -> TableFormat:
-    """Recognise a table by its columns.
-
-    Raises:
-        RatingsError: No known format; the closest one is named with what it lacks.
-    """
-    for name, needed in FORMATS.items():
-        if set(needed) <= set(columns):
-            return name
-    closest = max(FORMATS, key=lambda name: len(set(FORMATS[name]) & set(columns)) / len(FORMATS[name]))
-    missing = [column for column in FORMATS[closest] if column not in columns]
-    raise RatingsError(
-        f"the columns {list(columns)} are those of no leaderboard format that CHARM knows; expected for the closest one, "
-        f"{closest!r}: {list(FORMATS[closest])}, of which it lacks the columns {missing}; if the publisher changed the "
-        f"format, rename the columns"
+def board_as_asked(ratings: pl.DataFrame, query: BoardQuery, notes: tuple[str, ...] = ()) -> DatedBoard:
+    """A board out of a document that says nothing of its date and publisher: they are what the query says."""
+    return DatedBoard(
+        ratings=ratings,
+        category=query.category,
+        style_control=query.style_control,
+        date=query.date,
+        date_kind=query.date_kind,
+        publisher=query.publisher,
+        notes=notes,
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BoardHistory:
+    """Boards in order of publisher and date."""
+
+    boards: tuple[DatedBoard, ...]
+    notes: tuple[str, ...] = ()
+    """What was left out as a whole."""
+
+
+BoardReader = Callable[[pl.LazyFrame, BoardQuery, bool], BoardHistory]
+"""From a table to the wanted board, or to those of every date where that is wanted and the table has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFormat:
+    """A format of tables, recognised by its columns, and what reads it."""
+
+    columns: tuple[str, ...]
+    """All of them are needed."""
+    read: BoardReader | None
+    """None: it holds votes, to which a board is fitted."""
+
+
+def one_board(read: Callable[[pl.DataFrame, BoardQuery], DatedBoard]) -> BoardReader:
+    """The reader of a format whose tables hold one board, out of a function that reads such a table."""
+
+    def boards(table: pl.LazyFrame, query: BoardQuery, every_date: bool) -> BoardHistory:  # noqa: ARG001 - there is one
+        return BoardHistory(boards=(read(table.collect(), query),))
+
+    return boards
 
 
 def board_from_document(document: Mapping[str, Any], query: BoardQuery) -> DatedBoard:
@@ -94,39 +109,29 @@ def board_from_document(document: Mapping[str, Any], query: BoardQuery) -> Dated
     """
     if "meta" in document and "models" in document:
         return board_from_site(document, query)
-    return DatedBoard(
-        ratings=ratings_from_catalog(document, category=query.category),
-        category=query.category,
-        style_control=query.style_control,
-        date=query.date,
-        date_kind=query.date_kind,
-        publisher=query.publisher,
-    )
+    return board_as_asked(ratings_from_catalog(document, category=query.category), query)
 
 
-def board_from_table(table: pl.DataFrame, query: BoardQuery) -> DatedBoard:
-    """A table of one board: our own columns, or those of the CSV mirrors.
+def board_from_ratings(table: pl.DataFrame, query: BoardQuery) -> DatedBoard:
+    """A table of one board with our own columns; see ``ratings_from_table`` for the errors."""
+    return board_as_asked(ratings_from_table(table), query)
+
+
+def board_from_mirror(table: pl.DataFrame, query: BoardQuery) -> DatedBoard:
+    """A table of one board with the columns of the CSV mirrors.
 
     Raises:
-        RatingsError: A needed column is missing, or an interval is not of the form ``+5/-5``.
+        RatingsError: Another category than the overall board is wanted, or an interval is not of the form ``+5/-5``.
         TableError: Bad values, see ``tables.validate``.
     """
-    notes: tuple[str, ...] = ()
-    if table_format(table.columns) == "ratings":
-        ratings = ratings_from_table(table)
-    elif query.category != OVERALL:
+    if query.category != OVERALL:
         raise RatingsError(f"a CSV mirror holds the overall board only, not {query.category!r}; use another source")
-    else:
-        ratings, notes = ratings_from_mirror(table)
-    return DatedBoard(
-        ratings=ratings,
-        category=query.category,
-        style_control=query.style_control,
-        date=query.date,
-        date_kind=query.date_kind,
-        publisher=query.publisher,
-        notes=notes,
-    )
+    ratings, notes = ratings_from_mirror(table)
+    return board_as_asked(ratings, query, notes)
+
+
+RATINGS_TABLE = TableFormat(columns=("policy_model", "rating"), read=one_board(board_from_ratings))
+MIRROR = TableFormat(columns=("model", "arena_score", "95_pct_ci", "votes"), read=one_board(board_from_mirror))
 
 
 def ratings_from_table(table: pl.DataFrame) -> pl.DataFrame:

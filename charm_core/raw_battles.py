@@ -9,11 +9,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from charm_core.errors import RatingsError, TableError
+from charm_core.leaderboards import TableFormat
 from charm_core.records import Record
 from charm_core.style_control import looks_encoded, style_counts
 from charm_core.tables import BATTLES, validate
 
 Covariates = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+VOTES = TableFormat(columns=("model_a", "model_b", "winner"), read=None)
 
 _OUTCOMES = {
     "model_a": "model_a",

@@ -17,11 +17,11 @@ from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.sampling import Decoding
 from charm_core.selection import SelectionConfig
 from flows.forms import Form
+from tasks.answering.generation import TransformersBackend, VllmBackend
 from tasks.arena import ArenaConfig
 from tasks.benchmark_sources import BenchmarksConfig
 from tasks.gathering import SamplingConfig
 from tasks.judging import JudgeConfig
-from tasks.policy_models import TransformersBackend, VllmBackend
 from tasks.prompt_sets import PromptSetConfig
 from tasks.prompts import ResponsesConfig
 from tasks.registry import PromotionConfig

@@ -14,13 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from charm_core.bradley_terry import ratings_from_battles
 from charm_core.elo import Alias, resolve_aliases
 from charm_core.errors import ConfigError
-from charm_core.leaderboard_history import (
-    BoardHistory,
-)
-from charm_core.leaderboards import (
-    BoardQuery,
-    DateKind,
-)
+from charm_core.leaderboards import BoardHistory, BoardQuery, DateKind
 from charm_core.raw_battles import BattleTable
 from charm_core.tables import BATTLES, RATINGS
 from tasks.addresses import SECRETLESS_SCHEMA, check_secretless

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from charm_core.benchmarks.benchmark import Benchmark, benchmark_texts
 from charm_core.benchmarks.catalogue import BENCHMARKS
@@ -76,19 +76,20 @@ class Resampling(BaseModel):
     confidence: float = Field(default=0.95, gt=0, lt=1, description="Coverage of the intervals.")
 
 
-class BenchmarksConfig(BaseModel):
+_SETTINGS = {"rm_bench": RmBenchData}
+"""Of benchmarks that can be given in more ways than all can."""
+
+_FIELDS: dict[str, Any] = {
+    name: (_SETTINGS.get(name, BenchmarkData) | None, Field(default=None, description=source.about))
+    for name, source in BENCHMARKS.items()
+}
+_EachBenchmark: Any = create_model("_EachBenchmark", **_FIELDS)
+
+
+class BenchmarksConfig(_EachBenchmark):
     """Which benchmarks reward models are put to, each by where its items are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rm_bench: RmBenchData | None = Field(default=None, description="RM-Bench: substance against style.")
-    rewardbench: BenchmarkData | None = Field(default=None, description="RewardBench v1.")
-    rewardbench_2: BenchmarkData | None = Field(default=None, description="RewardBench 2, with its Ties.")
-    judgebench: BenchmarkData | None = Field(default=None, description="JudgeBench.")
-    ppe_human_preference: BenchmarkData | None = Field(
-        default=None, description="Human preferences of PPE, votes of the Chatbot Arena."
-    )
-    rmb: BenchmarkData | None = Field(default=None, description="RMB, pairwise and best-of-n.")
 
     resampling: Resampling = Field(default=Resampling(), description="How intervals are made.")
 

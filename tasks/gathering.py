@@ -1,9 +1,7 @@
 """Responses of several policy models to one set of prompts, sampled or replayed, as one table."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
 
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,7 +11,7 @@ from charm_core.sampling import Decoding, decoding_differences
 from charm_core.tables import PROMPTS, RESPONSES, SAMPLES
 from tasks.caching import step
 from tasks.pages.report_data import PolicyModelResponses
-from tasks.policy_models import OpenAIBackend, PolicyModel, ReplayBackend
+from tasks.policy_models import PolicyModel, ReplayBackend
 from tasks.prompt_sets import PromptSet, PromptSetConfig, load_prompt_set
 from tasks.prompts import ResponseSet
 from tasks.replay import replay_responses
@@ -114,20 +112,11 @@ def _row(model: SampledModel, settings: PolicyModel, prompts: PromptSet) -> Poli
     decoding = model.decoding
     return PolicyModelResponses(
         policy_model=model.name,
-        source=_source(settings),
+        source=settings.backend.described(),
         decoding="" if decoding is None else _decoding(decoding),
         counts=model.counts,
         missing=(prompts.prompts.rows or 0) - model.counts.prompts,
     )
-
-
-def _source(model: PolicyModel) -> str:
-    backend = model.backend
-    if isinstance(backend, ReplayBackend):
-        return f"replayed from {Path(backend.source).name}"
-    if isinstance(backend, OpenAIBackend):
-        return f"sampled from {backend.model} at {backend.deployment or urlsplit(backend.base_url).netloc}"
-    return f"sampled from {Path(backend.path).name} with {backend.kind}"
 
 
 def _decoding(decoding: Decoding) -> str:

@@ -13,8 +13,9 @@ from charm_core.judging import JudgeRules, VerdictMarks, plan_judgements, read_v
 from charm_core.sampling import Decoding
 from charm_core.tables import PREFERENCES, PROMPTS, RESPONSES, SAMPLES
 from charm_core.verdicts import JudgeReport, weigh_verdicts
+from tasks.answering.chat import OpenAIBackend
 from tasks.caching import step
-from tasks.policy_models import OpenAIBackend, PolicyModel
+from tasks.policy_models import PolicyModel
 from tasks.prompts import ResponseSet
 from tasks.sampling import SampledModel, sample_responses
 from tasks.store import ArtifactRef, ArtifactStore

@@ -24,10 +24,11 @@ from charm_core.sampling import Decoding
 from charm_core.simulated_reading import fresh_prompts, quality_of, read_texts
 from charm_core.simulation import SimulationConfig, simulate_arena
 from charm_core.tables import PAIRS, PROMPTS, RESPONSES, SAMPLES, SCORES
+from tasks.answering.generation import TransformersBackend, VllmBackend
 from tasks.answering.policy_model_refs import identify_policy_model
 from tasks.caching import step
 from tasks.launching import run_post_training, run_tiny_policy
-from tasks.policy_models import PolicyModel, TransformersBackend, VllmBackend
+from tasks.policy_models import PolicyModel
 from tasks.prompts import ResponseSet
 from tasks.publishing import run_logger
 from tasks.sampling import sample_responses

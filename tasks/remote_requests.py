@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from charm_core.remote_scores import Route, read_scores, request_body
 from tasks.answering.endpoints import Failure, MalformedAnswerError, call_endpoint
-from tasks.policy_models import Endpoint
+from tasks.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -19,7 +19,7 @@ from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.sampling import shard_numbers
 from charm_core.tables import PROMPTS, RESPONSES, SCORES
 from tasks.caching import current_store, step
-from tasks.policy_models import Endpoint
+from tasks.endpoint import Endpoint
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
 from tasks.remote_requests import Send, ask_values

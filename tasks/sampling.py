@@ -21,12 +21,13 @@ from charm_core.errors import ArtifactError, ConfigError
 from charm_core.sampling import Decoding, SampleCounts, count_samples, samples_table, shard_numbers
 from charm_core.tables import PROMPTS, SAMPLES
 from tasks.answering.asking import REASONS_SHOWN, Asking, Shard, ask_all
+from tasks.answering.chat import OpenAIBackend
 from tasks.answering.earlier_answers import AnsweredShard, earlier_answers, remember_shard
 from tasks.answering.journal import Journal
 from tasks.answering.policy_model_refs import PolicyModelRef, identify_policy_model
 from tasks.answering.sampling_progress import SamplingProgress, rates
 from tasks.caching import content_key, current_store, step
-from tasks.policy_models import OpenAIBackend, PolicyModel
+from tasks.policy_models import PolicyModel
 from tasks.publishing import run_logger
 from tasks.store import ArtifactRef, ArtifactStore
 
@@ -204,7 +205,7 @@ class _Run:
         """All shards together."""
         shards = [self._shard(prompts) for prompts in self.prompts]
         joined = join_shards(tuple(shard.samples for shard in shards))
-        backend, asking = self.ref.backend, self.asking
+        asking = self.asking
         tokens = (joined.counts.prompt_tokens, joined.counts.response_tokens)
         served_as = tuple(sorted({name for shard in shards for name in shard.served_as}))
         result = SampledModel(
@@ -216,7 +217,7 @@ class _Run:
             asked=asking.asked,
             seconds=asking.seconds or None,
             tokens_per_second=asking.tokens_per_second,
-            cost=backend.cost(*tokens) if isinstance(backend, OpenAIBackend) else None,
+            cost=self.ref.backend.cost(*tokens),
             reasons=tuple(f"{reason} ({count} times)" for reason, count in asking.reasons.most_common(REASONS_SHOWN)),
             warnings=_served_otherwise(self.ref, served_as),
         )

@@ -11,14 +11,14 @@ Example::
     results = [benchmark_result(each, benchmark_outcomes(each, scores)) for each in suite]
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import polars as pl
 
 from charm_core.benchmarks.figures import Rollup
-from charm_core.benchmarks.items import BenchmarkItem, response_id
+from charm_core.benchmarks.items import BenchmarkItem, Row, response_id
 from charm_core.benchmarks.outcomes import Judge, Measure, ScoredItem, outcomes_table
 from charm_core.errors import TableError
 from charm_core.tables import MESSAGES, PROMPTS, RESPONSES, SCORES, validate
@@ -51,6 +51,22 @@ class Benchmark:
         ]
         schema = {"item": pl.Int64, "prompt_id": pl.String, "policy_model": pl.String}
         return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSource:
+    """A benchmark as the catalogue lists it: what it is, and where its official data is."""
+
+    about: str
+    """What it is, for the help of its settings."""
+    read: Callable[[Iterable[Row]], Benchmark]
+    """From the rows of the hub's dataset, or of local files in the official format, to the benchmark."""
+    hub: str | None
+    """Dataset on the hub; None where the official data is not there."""
+    splits: tuple[str, ...] = ()
+    """Splits of the hub's dataset that belong to the benchmark, in the order in which their rows are read."""
+    local: str
+    """What local files in the official format are."""
 
 
 def benchmark_texts(benchmarks: Sequence[Benchmark]) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -11,7 +11,7 @@ Example: ``judgebench([{"pair_id": "x", "source": "livebench-math", "question": 
 from collections.abc import Iterable
 from functools import partial
 
-from charm_core.benchmarks.benchmark import Benchmark
+from charm_core.benchmarks.benchmark import Benchmark, BenchmarkSource
 from charm_core.benchmarks.items import BenchmarkItem, Row, conversation, one_of, read_items
 from charm_core.benchmarks.outcomes import Measure, strictly_above
 
@@ -55,6 +55,15 @@ def judgebench(rows: Iterable[Row]) -> Benchmark:
         official_items=official,
         note="published figures are for one response model" if shared else "",
     )
+
+
+SOURCE = BenchmarkSource(
+    about="JudgeBench.",
+    read=judgebench,
+    hub="ScalerLab/JudgeBench",
+    splits=("gpt",),
+    local="the JSON-lines files of its repository",
+)
 
 
 def _read(row: Row, *, shared: bool) -> BenchmarkItem:

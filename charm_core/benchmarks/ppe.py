@@ -9,7 +9,7 @@ Example: ``ppe([{"question_id": "x", "prompt": "...", "response_1": "...", "resp
 
 from collections.abc import Iterable, Iterator
 
-from charm_core.benchmarks.benchmark import Benchmark
+from charm_core.benchmarks.benchmark import Benchmark, BenchmarkSource
 from charm_core.benchmarks.items import BenchmarkItem, Row, conversation, one_of, read_items
 from charm_core.benchmarks.outcomes import strictly_above
 from charm_core.errors import TableError
@@ -50,6 +50,15 @@ def ppe(rows: Iterable[Row]) -> Benchmark:
         judge=strictly_above,
         note=ties + (few if len(given) != OFFICIAL_VOTES else ""),
     )
+
+
+SOURCE = BenchmarkSource(
+    about="Human preferences of PPE, votes of the Chatbot Arena.",
+    read=ppe,
+    hub="lmarena-ai/PPE-Human-Preference-V1",
+    splits=("test",),
+    local="a Parquet or JSON-lines file",
+)
 
 
 def _read(row: Row) -> BenchmarkItem:

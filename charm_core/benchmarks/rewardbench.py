@@ -10,7 +10,7 @@ Example: ``rewardbench([{"id": 0, "subset": "hep-go", "prompt": "...", "chosen":
 
 from collections.abc import Iterable
 
-from charm_core.benchmarks.benchmark import Benchmark
+from charm_core.benchmarks.benchmark import Benchmark, BenchmarkSource
 from charm_core.benchmarks.figures import Rollup, average_of, mean_of
 from charm_core.benchmarks.items import BenchmarkItem, Row, conversation, one_of, read_items
 from charm_core.benchmarks.outcomes import Measure, strictly_above
@@ -84,6 +84,15 @@ def rewardbench(rows: Iterable[Row]) -> Benchmark:
     return Benchmark(
         name=NAME, items=items, judge=strictly_above, rollups=_rollups(items), official_items=OFFICIAL_ITEMS
     )
+
+
+SOURCE = BenchmarkSource(
+    about="RewardBench v1.",
+    read=rewardbench,
+    hub="allenai/reward-bench",
+    splits=("filtered",),
+    local="a Parquet, JSON or JSON-lines file",
+)
 
 
 def _read(row: Row) -> BenchmarkItem:

@@ -18,7 +18,7 @@ Example: ``rewardbench_2([{"id": "7", "subset": "Math", "prompt": "...", "chosen
 import math
 from collections.abc import Iterable, Sequence
 
-from charm_core.benchmarks.benchmark import Benchmark
+from charm_core.benchmarks.benchmark import Benchmark, BenchmarkSource
 from charm_core.benchmarks.figures import Rollup
 from charm_core.benchmarks.items import BenchmarkItem, Row, conversation, one_of, read_items
 from charm_core.benchmarks.outcomes import Measure, Outcome, ScoredItem, shared_top
@@ -66,6 +66,15 @@ def rewardbench_2(rows: Iterable[Row]) -> Benchmark:
         rollups=ROLLUPS,
         official_items=OFFICIAL_ITEMS,
     )
+
+
+SOURCE = BenchmarkSource(
+    about="RewardBench 2, with its Ties.",
+    read=rewardbench_2,
+    hub="allenai/reward-bench-2",
+    splits=("test",),
+    local="a Parquet or JSON-lines file",
+)
 
 
 def judge_best_of_four_and_ties(scored: Sequence[ScoredItem]) -> Iterable[Outcome]:

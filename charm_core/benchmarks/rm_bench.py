@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pydantic import ValidationError
 
-from charm_core.benchmarks.benchmark import Benchmark
+from charm_core.benchmarks.benchmark import Benchmark, BenchmarkSource
 from charm_core.benchmarks.figures import Rollup, mean_of
 from charm_core.benchmarks.items import BenchmarkItem, conversation
 from charm_core.benchmarks.outcomes import Measure, Outcome, ScoredItem
@@ -96,6 +96,15 @@ def rm_bench(items: Sequence[RmBenchItem]) -> Benchmark:
         rollups=ROLLUPS,
         official_items=OFFICIAL_ITEMS,
     )
+
+
+SOURCE = BenchmarkSource(
+    about="RM-Bench: substance against style.",
+    read=lambda rows: rm_bench(parse_rm_bench(tuple(rows))),
+    hub="THU-KEG/RM-Bench",
+    splits=("train",),
+    local="total_dataset.json, or {domain}_filtered.json with the domain added to each row as 'domain'",
+)
 
 
 def judge_by_difficulty(scored: Sequence[ScoredItem]) -> Iterable[Outcome]:

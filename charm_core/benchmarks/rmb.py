@@ -11,7 +11,7 @@ Example: ``rmb([{"pair_uid": "1", "category_path": "Pairwise_set/Harmlessness/S1
 
 from collections.abc import Iterable
 
-from charm_core.benchmarks.benchmark import Benchmark
+from charm_core.benchmarks.benchmark import Benchmark, BenchmarkSource
 from charm_core.benchmarks.figures import Rollup
 from charm_core.benchmarks.items import BenchmarkItem, Row, conversation, one_of, read_items
 from charm_core.benchmarks.outcomes import Measure, strictly_above
@@ -51,6 +51,14 @@ def rmb(rows: Iterable[Row]) -> Benchmark:
         rollups=ROLLUPS,
         official_items=OFFICIAL_ITEMS,
     )
+
+
+SOURCE = BenchmarkSource(
+    about="RMB, pairwise and best-of-n.",
+    read=rmb,
+    hub=None,
+    local="the JSON files under RMB_dataset of Zhou-Zoey/RMB-Reward-Model-Benchmark",
+)
 
 
 def _read(row: Row) -> BenchmarkItem:

@@ -4,13 +4,13 @@ Weights are read from safetensors only; nothing is unpickled, and a head that wo
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain
 from typing import Any
 
 import torch
 
 from charm_core.errors import ModelError
-from charm_core.reward_model.heads import classifier, dpo, gated, lora, value_head
 from charm_core.reward_model.network import RewardNetwork
 from charm_core.reward_model.pretrained import fit_to_model, load_config, load_tokenizer, pad_token_id
 from charm_core.reward_model.spec import RewardModelSpec
@@ -85,17 +85,9 @@ def load_reward_model(
 
 
 def _load_network(files: ModelFiles, spec: RewardModelSpec, dtype: torch.dtype, tokenizer: Any) -> RewardNetwork:
-    match files.kind:
-        case "classifier":
-            return classifier.load(files, spec, dtype)
-        case "value_head":
-            return value_head.load(files, spec, dtype)
-        case "gated":
-            return gated.load(files, spec, dtype, tokenizer)
-        case "lora":
-            return lora.load(files, spec, dtype)
-        case "dpo":
-            return dpo.load(files, spec, dtype)
+    head = import_module(f"charm_core.reward_model.heads.{files.kind}")
+    network: RewardNetwork = head.load(files, spec, dtype, tokenizer)
+    return network
 
 
 def default_device() -> torch.device:

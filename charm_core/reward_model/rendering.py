@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from charm_core.errors import ModelError
+from charm_core.reward_model.heads.catalogue import KINDS
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.templates import Message, chat_ids, check_can_render, response_start, uses_chat_template
 
@@ -109,12 +110,13 @@ def _render_chat(tokenizer: Any, messages: Sequence[Message], response: str, spe
             f"max_length={spec.max_length}; raise max_length"
         )
     ids = chat_ids(tokenizer, [*conversation, answer])
+    start_matters = spec.kind != "auto" and KINDS[spec.kind].needs_response_start
     return Rendered(
         input_ids=tuple(ids),
         token_type_ids=None,
         prompt_cut=any(new["content"] != old["content"] for new, old in zip(conversation, messages, strict=True)),
         response_cut=answer["content"] != response,
-        response_start=response_start(tokenizer, conversation, ids) if spec.kind == "dpo" else None,
+        response_start=response_start(tokenizer, conversation, ids) if start_matters else None,
     )
 
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-KindName = Literal["classifier", "value_head", "gated", "lora", "dpo"]
-"""How a score comes about; see ``RewardModelSpec.kind``."""
+from charm_core.reward_model.heads.catalogue import KINDS
+
+_ABOUT_KINDS = ", ".join(f"{name} ({kind.about})" for name, kind in KINDS.items())
 
 
 class RewardModelSpec(BaseModel):
@@ -63,10 +64,8 @@ class RewardModelSpec(BaseModel):
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with this model. Only for a model that you have read."
     )
-    kind: Literal["auto", "classifier", "value_head", "gated", "lora", "dpo"] = Field(
-        default="auto",
-        description="How the score comes about: classifier (one logit), value_head (GRM), gated (ArmoRM, QRM), lora (an "
-        "adapter on base_model), dpo (against reference_model); auto tells it from the files.",
+    kind: Literal["auto", *KINDS] = Field(  # type: ignore[valid-type] # the choices are the catalogue's
+        default="auto", description=f"How the score comes about: {_ABOUT_KINDS}; auto tells it from the files."
     )
     truncation_side: Literal["right", "left"] = Field(
         default="right",

@@ -18,11 +18,9 @@ import polars as pl
 from charm_core.errors import SamplingError
 from charm_core.sampling import Answer, Decoding
 from charm_core.tables import PROMPTS
-from tasks.answering.chat import Prompt, ask_chat
-from tasks.answering.generation import ask_in_process
+from tasks.answering.back_end import Prompt
 from tasks.answering.journal import Journal
 from tasks.answering.policy_model_refs import PolicyModelRef
-from tasks.policy_models import OpenAIBackend
 from tasks.secrets import secret
 from tasks.store import ArtifactRef, ArtifactStore
 
@@ -80,9 +78,9 @@ class Asking:
         Raises:
             ConfigError: There is something to ask, and no key.
         """
-        backend = self.model.backend
-        if self.missing and isinstance(backend, OpenAIBackend) and backend.api_key:
-            secret(backend.api_key)
+        name = self.model.backend.secret_name()
+        if self.missing and name:
+            secret(name)
 
     def prompts(self, store: ArtifactStore) -> Iterator[Prompt]:
         """The missing prompts, shard by shard, read when they are needed."""
@@ -167,9 +165,9 @@ def ask_all(store: ArtifactStore, askings: Iterable[Asking]) -> Generator[Told, 
 def _lanes(askings: Iterable[Asking]) -> list[list[Asking]]:
     """What runs side by side, each a list of what runs one after the other."""
     busy = [asking for asking in askings if asking.missing]
-    endpoints = [[asking] for asking in busy if isinstance(asking.model.backend, OpenAIBackend)]
-    local = [asking for asking in busy if not isinstance(asking.model.backend, OpenAIBackend)]
-    return [*endpoints, local] if local else endpoints
+    alone = [[asking] for asking in busy if asking.model.backend.side_by_side]
+    in_turn = [asking for asking in busy if not asking.model.backend.side_by_side]
+    return [*alone, in_turn] if in_turn else alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +199,9 @@ class _Lane:
             shard = asking.note(answer)
             self.events.put(Told(asking=asking, finished=None if shard.missing else shard))
 
-        backend, prompts = asking.model.backend, asking.prompts(self.store)
+        prompts, known = asking.prompts(self.store), asking.answered_before
         try:
-            if isinstance(backend, OpenAIBackend):
-                known = asking.answered_before
-                ask_chat(backend, asking.decoding, prompts, on_answer, self.stop, answered_before=known)
-            else:
-                ask_in_process(backend, asking.decoding, prompts, on_answer, self.stop)
+            asking.model.backend.ask(asking.decoding, prompts, on_answer, self.stop, answered_before=known)
         finally:
             for shard in asking.shards:
                 shard.journal.close()

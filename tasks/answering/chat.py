@@ -7,14 +7,16 @@ were asked for, hosted ones answer with a dated snapshot. A model that the serve
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field, JsonValue
 
 from charm_core.sampling import Answer, Decoding, conversation, request_seed, status_of
+from tasks.answering.back_end import BackEnd, Prompt
 from tasks.answering.endpoints import Failure, MalformedAnswerError, ask_endpoint
 from tasks.answering.pacing import Pacing
-from tasks.policy_models import OpenAIBackend
+from tasks.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -23,13 +25,57 @@ CONTENT_FILTER = "content_filter"
 _POLL_SECONDS = 0.1
 
 
-class Prompt(BaseModel):
-    """One row of PROMPTS, but for its set."""
+class OpenAIBackend(Endpoint, BackEnd):
+    """Sample through an OpenAI-compatible endpoint."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    side_by_side = True
 
-    prompt_id: str
-    messages: list[dict[str, str]]
+    kind: Literal["openai"] = "openai"
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
+        default="max_tokens", description="What the server calls the limit; OpenAI's reasoning models want the second."
+    )
+    leave_out: tuple[Literal["temperature", "top_p", "seed", "stop"], ...] = Field(
+        default=(), description="Decoding parameters that this server refuses; they are not sent."
+    )
+    extra_body: dict[str, JsonValue] = Field(
+        default={},
+        description="Further fields of every request, for example {chat_template_kwargs = {enable_thinking = false}}.",
+    )
+    cost_per_million_prompt_tokens: float | None = Field(default=None, ge=0, description="For the cost estimate.")
+    cost_per_million_response_tokens: float | None = Field(default=None, ge=0, description="For the cost estimate.")
+
+    def cost(self, prompt_tokens: int | None, response_tokens: int | None) -> float | None:
+        """What so many tokens cost, in the unit of the prices; None where a price or a number is not known."""
+        parts = (
+            (prompt_tokens, self.cost_per_million_prompt_tokens),
+            (response_tokens, self.cost_per_million_response_tokens),
+        )
+        known = [tokens * price / 1e6 for tokens, price in parts if tokens is not None and price is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers beside the decoding."""
+        return {"kind": self.kind, **super().identity(), "leave_out": sorted(self.leave_out), "extra": self.extra_body}
+
+    def described(self) -> str:
+        """Where the answers come from, for the report."""
+        return f"sampled from {self.model} at {self.deployment or urlsplit(self.base_url).netloc}"
+
+    def secret_name(self) -> str | None:
+        """The secret with its key, if it needs one."""
+        return self.api_key
+
+    def ask(
+        self,
+        decoding: Decoding,
+        prompts: Iterable[Prompt],
+        on_answer: Callable[[Answer], None],
+        stop: threading.Event,
+        *,
+        answered_before: bool = False,
+    ) -> None:
+        """See ``ask_chat``."""
+        ask_chat(self, decoding, prompts, on_answer, stop, answered_before=answered_before)
 
 
 def ask_chat(

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from charm_core.errors import CharmError, ConfigError, ServiceError
 from tasks.answering.pacing import Gate, Pacing, retry_after_seconds
-from tasks.policy_models import Endpoint, is_loopback
+from tasks.endpoint import Endpoint, is_loopback
 from tasks.secrets import secret
 
 if TYPE_CHECKING:

@@ -3,17 +3,76 @@
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 import polars as pl
+from pydantic import Field
 
 from charm_core.errors import SamplingError, TrainingError
 from charm_core.reward_model.generation_job import GenerationJob, PolicyModelSpec
 from charm_core.sampling import Answer, Decoding
 from charm_core.tables import PROMPTS
-from tasks.answering.chat import Prompt
+from tasks.answering.back_end import BackEnd, Prompt
 from tasks.launching import run_generation
-from tasks.policy_models import TransformersBackend, VllmBackend
 from tasks.scratch import scratch_folder
+
+
+class LocalBackEnd(BackEnd):
+    """Sample in a process of its own, with weights that are identified by their content or their commit."""
+
+    kind: str
+    path: str = Field(description="Folder of the policy model (Hugging Face format, safetensors), or a hub id.")
+    revision: str | None = Field(default=None, description="Hub revision: a commit hash. Not for a folder.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="Arithmetic.")
+
+    def spec(self) -> PolicyModelSpec:
+        """The policy model as that process knows it."""
+        return PolicyModelSpec.model_validate({"engine": self.kind, **self.model_dump(exclude={"kind"})})
+
+    def described(self) -> str:
+        """Where the answers come from, for the report."""
+        return f"sampled from {Path(self.path).name} with {self.kind}"
+
+    def ask(
+        self,
+        decoding: Decoding,
+        prompts: Iterable[Prompt],
+        on_answer: Callable[[Answer], None],
+        stop: threading.Event,
+        *,
+        answered_before: bool = False,  # noqa: ARG002 - nobody is asked who could be down
+    ) -> None:
+        """See ``ask_in_process``."""
+        ask_in_process(self, decoding, prompts, on_answer, stop)
+
+
+class TransformersBackend(LocalBackEnd):
+    """Sample in a process of its own with transformers' ``generate``, on one GPU or on the CPU: for small models."""
+
+    kind: Literal["transformers"] = "transformers"
+    batch_size: int = Field(
+        default=16,
+        ge=1,
+        description="Prompts answered together. In float32 the answers do not depend on it; in bfloat16 rounding does.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with this model.")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers beside the weights and the decoding."""
+        return {"kind": self.kind, "dtype": self.dtype}
+
+
+class VllmBackend(LocalBackEnd):
+    """Sample in a process of its own with vLLM (optional extra ``vllm``)."""
+
+    kind: Literal["vllm"] = "vllm"
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs per model.")
+    max_model_length: int | None = Field(default=None, ge=1, description="Most tokens of prompt and response.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with this model.")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers beside the weights and the decoding."""
+        return {"kind": self.kind, "dtype": self.dtype, "max_model_length": self.max_model_length}
 
 
 class _StoppedError(Exception):
@@ -21,7 +80,7 @@ class _StoppedError(Exception):
 
 
 def ask_in_process(
-    backend: TransformersBackend | VllmBackend,
+    backend: LocalBackEnd,
     decoding: Decoding,
     prompts: Iterable[Prompt],
     on_answer: Callable[[Answer], None],
@@ -43,7 +102,7 @@ def ask_in_process(
     """
     with scratch_folder("sampling") as folder:
         job = GenerationJob(
-            model=PolicyModelSpec(engine=backend.kind, **backend.model_dump(exclude={"kind"})),
+            model=backend.spec(),
             decoding=decoding,
             prompts_path=Path(folder, "prompts.parquet"),
             answers_path=Path(folder, "answers.jsonl"),

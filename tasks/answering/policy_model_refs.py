@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ConfigError
-from tasks.policy_models import LiveBackend, OpenAIBackend, PolicyModel, ReplayBackend
+from tasks.answering.generation import LocalBackEnd
+from tasks.policy_models import LiveBackend, PolicyModel, ReplayBackend
 from tasks.source_digests import weights_digest
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -38,7 +39,7 @@ def identify_policy_model(model: PolicyModel) -> PolicyModelRef:
     backend = model.backend
     if isinstance(backend, ReplayBackend):
         raise ConfigError(f"the policy model {model.name!r} replays responses, so it cannot be sampled: replay it")
-    if isinstance(backend, OpenAIBackend):
+    if not isinstance(backend, LocalBackEnd):
         return PolicyModelRef(name=model.name, backend=backend)
     folder = Path(backend.path).expanduser()
     if folder.is_dir():

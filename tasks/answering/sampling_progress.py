@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import Self
 
 from tasks.answering.asking import Asking
-from tasks.policy_models import OpenAIBackend
 from tasks.progress import Progress
 from tasks.publishing import report_progress
 
@@ -39,9 +38,8 @@ class SamplingProgress:
 
 def rates(asking: Asking) -> str:
     """Tokens a second, what it has cost so far, and how many requests failed, as far as that is known."""
-    backend = asking.model.backend
     speed = asking.tokens_per_second
-    cost = backend.cost(asking.prompt_tokens, asking.response_tokens) if isinstance(backend, OpenAIBackend) else None
+    cost = asking.model.backend.cost(asking.prompt_tokens, asking.response_tokens)
     parts = [
         f"{speed:,.0f} tokens/s" if speed else "",
         f"cost {cost:.2f}" if cost is not None else "",

@@ -8,13 +8,8 @@ import polars as pl
 
 from charm_core.bradley_terry import ratings_from_battles
 from charm_core.errors import ConfigError, RatingsError, TableError
-from charm_core.leaderboard_history import (
-    BoardHistory,
-    board_from_snapshots,
-    boards_from_official,
-    boards_from_snapshots,
-)
-from charm_core.leaderboards import BoardQuery, DatedBoard, board_from_document, board_from_table, table_format
+from charm_core.leaderboard_formats import table_format
+from charm_core.leaderboards import BoardHistory, BoardQuery, DatedBoard, board_as_asked, board_from_document
 from charm_core.raw_battles import BattleTable, is_table_of_votes, read_battles, style_covariates
 from charm_core.style_control import fit_style_control
 from tasks.store import SourceFile, file_digest, read_source
@@ -47,18 +42,10 @@ def read_boards(
         return BoardHistory(boards=(board_from_document(document, query),))
     table = _scan(files)
     columns = table.collect_schema().names()
-    votes = is_table_of_votes(columns, battles)
-    form = "battles" if votes else table_format(columns)
-    if form == "official":
-        return boards_from_official(table, query, every_date=every_date)
-    frame = table.collect()
-    if form == "battles":
-        return BoardHistory(boards=(_fitted(frame, responses, query, battles),))
-    if form == "snapshots" and every_date:
-        return boards_from_snapshots(frame, query)
-    if form == "snapshots":
-        return BoardHistory(boards=(board_from_snapshots(frame, query),))
-    return BoardHistory(boards=(board_from_table(frame, query),))
+    read = None if is_table_of_votes(columns, battles) else table_format(columns).read
+    if read is None:
+        return BoardHistory(boards=(_fitted(table.collect(), responses, query, battles),))
+    return read(table, query, every_date)
 
 
 def _document(file: SourceFile) -> dict[str, Any] | None:
@@ -99,12 +86,4 @@ def _fitted(table: pl.DataFrame, responses: SourceFile | None, query: BoardQuery
         notes += [f"style: {name} never differs between two responses" for name in fit.constant]
     else:
         ratings = ratings_from_battles(votes.battles)
-    return DatedBoard(
-        ratings=ratings,
-        category=query.category,
-        style_control=query.style_control,
-        date=query.date,
-        date_kind=query.date_kind,
-        publisher=query.publisher,
-        notes=tuple(notes),
-    )
+    return board_as_asked(ratings, query, tuple(notes))

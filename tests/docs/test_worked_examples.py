@@ -29,6 +29,15 @@ def check_style(page: str, folder: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_it_takes_one_file_and_one_line_of_one_table(page: str):
+    shown = [block for block in blocks(page) if block.title and not block.title.startswith("tests/")]
+    files = [block for block in shown if block.language == "python"]
+    (edit,) = [block for block in shown if block.language == "diff"]
+    added = [line for line in edit.text.splitlines() if line.startswith("+") and not line.startswith("+from ")]
+    assert (len(files), len(added)) == (1, 1)
+
+
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=[pytest.mark.slow] if page == LOADS_TORCH else []) for page in EXAMPLES]
 )

@@ -15,10 +15,11 @@ from flows.audit import audit
 from flows.outcome import Outcome
 from flows.runs import AuditRun, CalibrationRun
 from tasks.arena import ArenaConfig
+from tasks.endpoint import Endpoint
 from tasks.gathering import SamplingConfig
 from tasks.judging import JudgeConfig
 from tasks.pages.report_data import ReportData
-from tasks.policy_models import Endpoint, OpenAIBackend, PolicyModel, ReplayBackend
+from tasks.policy_models import OpenAIBackend, PolicyModel, ReplayBackend
 from tasks.prompt_sets import PromptSetConfig
 from tasks.remote_scoring import RemoteScorerConfig
 from tests.endpoint_server import Asked, EndpointServer, Reply, completion, failure

@@ -22,8 +22,8 @@ from flows.presets import EVALUATE
 from flows.runs import EvaluationRun
 from tasks.arena import ArenaConfig
 from tasks.benchmark_sources import BenchmarkData, BenchmarksConfig, Resampling
+from tasks.endpoint import Endpoint
 from tasks.pages.evaluation_page_data import EvaluationData
-from tasks.policy_models import Endpoint
 from tasks.prompts import ResponsesConfig
 from tasks.remote_scoring import RemoteScorerConfig
 from tasks.simulation import SimulatedWorld

@@ -19,7 +19,7 @@ from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.text_scoring import score_texts
 from charm_core.tables import PROMPTS, RESPONSES, SCORES
 from tasks.caching import use_store
-from tasks.policy_models import Endpoint
+from tasks.endpoint import Endpoint
 from tasks.prompts import ResponseSet
 from tasks.remote_scoring import RemoteScorerConfig, RemoteScores, score_remotely
 from tasks.store import ArtifactStore

@@ -92,7 +92,12 @@ class ClassifierNetwork(TrainableNetwork):
         cast(Any, self.classifier).save_pretrained(folder)
 
 
-def load(files: ModelFiles, spec: RewardModelSpec, dtype: torch.dtype) -> ClassifierNetwork:
+def load(
+    files: ModelFiles,
+    spec: RewardModelSpec,
+    dtype: torch.dtype,
+    tokenizer: Any,  # noqa: ARG001 - of no use here
+) -> ClassifierNetwork:
     """Load a classifier.
 
     Raises:

@@ -85,7 +85,12 @@ def response_log_probability(model: Any, input_ids: Tensor, mask: Tensor, last: 
     return cast(Tensor, (each * in_response).sum(dim=1))
 
 
-def load(files: ModelFiles, spec: RewardModelSpec, dtype: torch.dtype) -> ImplicitRewardNetwork:
+def load(
+    files: ModelFiles,
+    spec: RewardModelSpec,
+    dtype: torch.dtype,
+    tokenizer: Any,  # noqa: ARG001 - of no use here
+) -> ImplicitRewardNetwork:
     """Load a DPO model and its reference.
 
     Raises:

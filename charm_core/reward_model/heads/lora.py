@@ -6,6 +6,7 @@ own head counts. The adapter's tokenizer is used if it has one.
 """
 
 import warnings
+from typing import Any
 
 import torch
 
@@ -17,7 +18,12 @@ from charm_core.reward_model.stored.checks import ADAPTER_PREFIX
 from charm_core.reward_model.stored.kinds import ModelFiles
 
 
-def load(files: ModelFiles, spec: RewardModelSpec, dtype: torch.dtype) -> ClassifierNetwork:
+def load(
+    files: ModelFiles,
+    spec: RewardModelSpec,
+    dtype: torch.dtype,
+    tokenizer: Any,  # noqa: ARG001 - of no use here
+) -> ClassifierNetwork:
     """Load the base model and merge the adapter into it.
 
     Raises:

@@ -86,7 +86,12 @@ class ValueHeadNetwork(TrainableNetwork):
         save_torch_state_dict(weights, folder, metadata={"format": "pt"})
 
 
-def load(files: ModelFiles, spec: RewardModelSpec, dtype: torch.dtype) -> ValueHeadNetwork:
+def load(
+    files: ModelFiles,
+    spec: RewardModelSpec,
+    dtype: torch.dtype,
+    tokenizer: Any,  # noqa: ARG001 - of no use here
+) -> ValueHeadNetwork:
     """Load a GRM.
 
     Raises:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from charm_core.errors import ModelError
 from charm_core.reward_model.findings import Finding
+from charm_core.reward_model.heads.catalogue import KINDS
 from charm_core.reward_model.preflight.facts import Facts, finding
 from charm_core.reward_model.rendering import uncut_length
-from charm_core.reward_model.stored.kinds import TRAINABLE
 
 
 def texts_fit(facts: Facts) -> Iterator[Finding]:
@@ -50,12 +50,13 @@ def _too_long(facts: Facts, looked_at: int, long: list[int]) -> str:
 
 def kind_can_train(facts: Facts) -> Iterator[Finding]:
     """What is to be fine-tuned can be."""
-    if facts.training is not None and facts.files.kind not in TRAINABLE:
+    if facts.training is not None and not KINDS[facts.files.kind].trainable:
+        trainable = ", ".join(name for name, kind in KINDS.items() if kind.trainable)
         yield finding(
             "training",
             "error",
             f"{facts.files.model.name!r} is of kind {facts.files.kind!r}, which CHARM scores with but cannot fine-tune (those it can "
-            f"are {', '.join(TRAINABLE)}): take another reward model for a calibration, or audit this one",
+            f"are {trainable}): take another reward model for a calibration, or audit this one",
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from charm_core.errors import ModelError
 from charm_core.reward_model.findings import Finding
+from charm_core.reward_model.heads.catalogue import KINDS
 from charm_core.reward_model.preflight.facts import ANSWER, Facts, finding, own_template, stored_templates
 from charm_core.reward_model.stored.files import read_json
 from charm_core.reward_model.stored.gates import answer_header
@@ -117,15 +118,15 @@ def gate_is_found(facts: Facts) -> Iterator[Finding]:
 
 
 def response_is_set_apart(facts: Facts) -> Iterator[Finding]:
-    """For DPO: the tokens of the prompt with the answer's header are those that the whole text begins with."""
-    if facts.files.kind != "dpo":
+    """Where it matters: the tokens of the prompt with the answer's header are those that the whole text begins with."""
+    if not KINDS[facts.files.kind].needs_response_start:
         return
     if not facts.renders_chats:
         yield finding(
             "response-start",
             "error",
-            f"the DPO model {facts.files.model.name!r} has no chat template, so which tokens are the response's is unknown: give the one "
-            "that it was trained with as reward_model.chat_template",
+            f"the reward model {facts.files.model.name!r} has no chat template, so which tokens are the response's is unknown: give the "
+            "one that it was trained with as reward_model.chat_template",
         )
         return
     prompt = chat_ids(facts.tokenizer, facts.example[:-1], answer_begins=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from charm_core.errors import ModelError
 from charm_core.reward_model.findings import Finding
+from charm_core.reward_model.heads.catalogue import KINDS
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.files import StoredModel
 from charm_core.reward_model.stored.kinds import HEAD_NAMES, ModelFiles
@@ -77,7 +78,7 @@ def native_or_trusted(files: ModelFiles, spec: RewardModelSpec) -> Iterator[Find
         yield _error(
             "remote-code",
             f"transformers does not know the model type {kind!r} of the reward model {model.name!r} as a "
-            f"{_WORDS[files.kind]}; use a version that does, or another reward model",
+            f"{KINDS[files.kind].body}; use a version that does, or another reward model",
         )
     elif files.kind != "classifier" or CLASSIFIER_CLASS not in code:
         yield _error(
@@ -115,10 +116,10 @@ def head_is_stored(files: ModelFiles, spec: RewardModelSpec) -> Iterator[Finding
     elif files.kind == "classifier" and not (spec.trust_remote_code and files.model.config.get("auto_map")):
         if not classifier_head(files.model):
             yield _error("head", _no_head(files.model))
-    elif files.kind == "value_head":
-        yield from _value_head_is_scalar(files.model)
     elif files.kind == "gated":
         yield from _objectives_fit(files.model)
+    elif (head := KINDS[files.kind].one_row) is not None:
+        yield from _head_is_scalar(files.model, head)
 
 
 def same_vocabulary(files: ModelFiles) -> Iterator[Finding]:
@@ -177,15 +178,13 @@ def _adapter_has_head(files: ModelFiles) -> Iterator[Finding]:
         )
 
 
-def _value_head_is_scalar(model: StoredModel) -> Iterator[Finding]:
-    weights = [
-        tensor for name, tensor in model.tensors.items() if name.startswith("v_head.") and len(tensor.shape) == 2
-    ]
+def _head_is_scalar(model: StoredModel, head: str) -> Iterator[Finding]:
+    weights = [tensor for name, tensor in model.tensors.items() if name.startswith(head) and len(tensor.shape) == 2]
     if 1 not in [tensor.shape[0] for tensor in weights]:
         shapes = sorted(tensor.shape for tensor in weights)
         yield _error(
             "head",
-            f"the value head of the reward model {model.name!r} has layers of the shapes {shapes}, none with one output: it gives no "
+            f"the head of the reward model {model.name!r} ({head}*) has layers of the shapes {shapes}, none with one output: it gives no "
             "single score",
         )
 
@@ -228,22 +227,15 @@ def _is_causal(model: StoredModel) -> bool:
     return any("ForCausalLM" in name for name in model.config.get("architectures") or ())
 
 
-_WORDS = {
-    "classifier": "sequence classifier",
-    "lora": "sequence classifier",
-    "value_head": "language model",
-    "gated": "language model",
-    "dpo": "causal language model",
-}
-
-
 def _native_types(kind: str) -> Any:
     """Model types that transformers has a class of the right sort for."""
     from transformers.models.auto import modeling_auto
 
-    if kind in ("classifier", "lora"):
-        return modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    return modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind == "dpo" else modeling_auto.MODEL_MAPPING_NAMES
+    return {
+        "language model": modeling_auto.MODEL_MAPPING_NAMES,
+        "sequence classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "causal language model": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }[KINDS[kind].body]
 
 
 def _error(rule: str, message: str) -> Finding:

@@ -1,39 +1,24 @@
-"""What kind of reward model some files are, told from what is stored: never from a name.
-
-========== ================================================================== =======================================
-kind       told by                                                            published models of this layout
-========== ================================================================== =======================================
-classifier none of the others                                                 Skywork-Reward v0.2 and V2, FsfairX,
-                                                                              RM-Mistral, BTRM-Qwen2, GRM ``*-ft``
-value_head tensors ``v_head.summary.*``                                       Ray2333/GRM ``*-sftreg``
-gated      tensors ``regression_layer.weight`` and ``gating.*``               ArmoRM-Llama3-8B, QRM-Llama, QRM-Gemma-2
-lora       ``adapter_config.json``                                            any PEFT adapter that holds its head
-dpo        ``reference_model`` is set                                         causal models trained with DPO
-========== ================================================================== =======================================
-
-internlm2-reward has a head of its own (``v_head.weight``) on a backbone that transformers does not have: it runs only
-with its own code, which CHARM does not load as a reward model. Serve it (remote scorer) or score it elsewhere.
-"""
+"""What kind of reward model some files are, told from what is stored; the kinds are those of ``heads/catalogue.py``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from charm_core.errors import ModelError
-from charm_core.reward_model.spec import KindName, RewardModelSpec
+from charm_core.reward_model.heads.catalogue import KINDS
+from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.files import COMMIT, StoredModel, is_folder, open_model
 
 HEAD_NAMES = ("score", "classifier", "classifier.out_proj")
 """Where Hugging Face classifiers keep the layer whose output is the score."""
-TRAINABLE: tuple[KindName, ...] = ("classifier", "value_head", "lora")
-"""Kinds that can be fine-tuned; what comes out of a LoRA adapter is a classifier with the adapter merged in."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
     """All files that decide a reward model's scores."""
 
-    kind: KindName
+    kind: str
+    """One of ``KINDS``."""
     model: StoredModel
     base: StoredModel | None = None
     """What a LoRA adapter is applied to."""
@@ -74,7 +59,7 @@ def open_files(spec: RewardModelSpec, *, weights: bool = True) -> ModelFiles:
     return ModelFiles(kind=kind, model=model, base=base, reference=reference)
 
 
-def find_kind(spec: RewardModelSpec, model: StoredModel) -> KindName:
+def find_kind(spec: RewardModelSpec, model: StoredModel) -> str:
     """The kind of a model's files.
 
     Raises:
@@ -94,7 +79,7 @@ def find_kind(spec: RewardModelSpec, model: StoredModel) -> KindName:
     return found
 
 
-def _kind_of_files(spec: RewardModelSpec, model: StoredModel) -> KindName:
+def _kind_of_files(spec: RewardModelSpec, model: StoredModel) -> str:
     if model.adapter is not None:
         if spec.reference_model is not None:
             raise ModelError(
@@ -103,11 +88,8 @@ def _kind_of_files(spec: RewardModelSpec, model: StoredModel) -> KindName:
         return "lora"
     if spec.reference_model is not None:
         return "dpo"
-    if model.has("v_head.summary."):
-        return "value_head"
-    if "regression_layer.weight" in model.tensors and model.has("gating."):
-        return "gated"
-    return "classifier"
+    told = (name for name, kind in KINDS.items() if kind.tensors and all(map(model.has, kind.tensors)))
+    return next(told, "classifier")
 
 
 def base_of(spec: RewardModelSpec, adapter: Mapping[str, Any]) -> tuple[str, str | None]:

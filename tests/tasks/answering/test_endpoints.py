@@ -12,9 +12,10 @@ import pytest
 from pydantic import ValidationError
 
 from charm_core.errors import ConfigError, ServiceError
+from tasks.answering.chat import OpenAIBackend
 from tasks.answering.endpoints import Failure, MalformedAnswerError, ask_endpoint, call_endpoint
 from tasks.answering.pacing import Gate, Pacing, retry_after_seconds
-from tasks.policy_models import Endpoint, OpenAIBackend
+from tasks.endpoint import Endpoint
 from tasks.secrets import use_secrets
 from tests.endpoint_server import Asked, Behaviour, EndpointServer, Reply, completion, failure
 

@@ -1,7 +1,12 @@
+import subprocess
+import sys
+
 import pytest
 from pydantic import ValidationError
 
 from charm_core.errors import ModelError
+from charm_core.reward_model.heads.catalogue import KINDS
+from charm_core.reward_model.network import TrainableNetwork
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.kinds import open_files
 from charm_core.reward_model.text_scoring import score_texts
@@ -36,6 +41,23 @@ def spec_of(folders, name, **settings):
     if name == "dpo":
         settings["reference_model"] = str(folders["base"])
     return RewardModelSpec(path=str(folders[name]), **settings)
+
+
+def test_the_settings_offer_every_kind_and_say_what_it_is():
+    field = RewardModelSpec.model_json_schema()["properties"]["kind"]
+    assert field["enum"] == ["auto", "classifier", "value_head", "gated", "lora", "dpo"]
+    assert "value_head (GRM), gated (ArmoRM, QRM)" in field["description"]
+
+
+def test_kinds_are_told_without_torch():
+    program = "import sys; import charm_core.reward_model.stored.checks; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_catalogue_says_of_training_is_so(folders, kind):
+    model = loaded(folders[kind], **({"reference_model": str(folders["base"])} if kind == "dpo" else {}))
+    assert isinstance(model.network, TrainableNetwork) == KINDS[kind].trainable
 
 
 @pytest.mark.parametrize("name", ["classifier", "encoder", "value_head", "gated", "lora", "dpo"])
