@@ -32,7 +32,7 @@ class Engine(Protocol):
     def step(self, rate_factor: float) -> float:
         """Update the weights with this share of the peak learning rates; returns the gradients' norm before clipping."""
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, *, moments: bool = True) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, ``weight`` or moment, full float32 tensor) of all trained parameters; all ranks take part."""
 
     def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
@@ -89,11 +89,11 @@ class PlainEngine:
         self._optimizer.zero_grad()
         return norm
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, *, moments: bool = True) -> Iterator[tuple[str, str, Tensor]]:
         """Weights and moments by name."""
         for name, parameter in _trained(self._network):
             yield name, WEIGHT, parameter.detach()
-            for moment in MOMENTS:
+            for moment in MOMENTS if moments else ():
                 yield name, moment, self._optimizer.state[parameter][moment]
 
     def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
@@ -145,23 +145,26 @@ class ZeroEngine:
             # Here DeepSpeed clips without keeping the norm.
             gradients = [parameter.grad for _, parameter in _trained(self._engine.module) if parameter.grad is not None]
             norm = nn.utils.get_total_norm(gradients).item()
-            self._engine.step()
+            # The other stages leave the weights alone by themselves where it is not finite.
+            if math.isfinite(norm):
+                self._engine.step()
             return norm
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, *, moments: bool = True) -> Iterator[tuple[str, str, Tensor]]:
         """Weights and moments by name."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        kinds = MOMENTS if moments else ()
         for name, parameter in _trained(self._engine.module):
             if self._stage == 0:
                 yield name, WEIGHT, parameter.detach()
-                for moment in MOMENTS:
+                for moment in kinds:
                     yield name, moment, self._base.state[parameter][moment]
             else:
                 yield name, WEIGHT, safe_get_full_fp32_param(parameter)
-                for moment in MOMENTS:
+                for moment in kinds:
                     yield name, moment, safe_get_full_optimizer_state(parameter, moment)
 
     def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:

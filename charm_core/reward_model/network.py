@@ -108,13 +108,23 @@ def freeze(network: TrainableNetwork, trainable_layers: int | None) -> None:
     """
     if trainable_layers is None:
         return
-    layers = max((module for module in network.modules() if isinstance(module, nn.ModuleList)), key=len)
-    if trainable_layers > len(layers):
-        raise TrainingError(f"trainable_layers={trainable_layers}, but the model has {len(layers)} layers")
+    layers = transformer_layers(network, trainable_layers)
     network.requires_grad_(False)
-    for layer in list(layers)[len(layers) - trainable_layers :]:
+    for layer in layers:
         layer.requires_grad_(True)
     network.classifier.get_submodule(network.head_name).requires_grad_(True)
+
+
+def transformer_layers(network: TrainableNetwork, last: int | None) -> list[nn.Module]:
+    """The last so many transformer layers of a network, or all.
+
+    Raises:
+        TrainingError: It has fewer.
+    """
+    layers = max((module for module in network.modules() if isinstance(module, nn.ModuleList)), key=len)
+    if last is not None and last > len(layers):
+        raise TrainingError(f"trainable_layers={last}, but the model has {len(layers)} layers")
+    return list(layers) if last is None else list(layers)[len(layers) - last :]
 
 
 def checkpoint_gradients(network: TrainableNetwork) -> None:
