@@ -207,10 +207,23 @@ def deepspeed_config(network: TrainableNetwork, config: TrainingConfig, world_si
             "stage3_prefetch_bucket_size": bucket,
             # As transformers chooses it: vectors stay whole on every rank, matrices are shared out.
             "stage3_param_persistence_threshold": 10 * hidden,
+            **_offloading(config),
         },
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own Adam on the CPU is compiled on first use; torch's gives the same bytes as without offloading.
+        "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _offloading(config: TrainingConfig) -> dict[str, Any]:
+    """Where the optimiser's state goes, and under ZeRO-3 the weights."""
+    if config.offload == "none":
+        return {}
+    place = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
+    if config.offload == "nvme":
+        place["nvme_path"] = config.nvme_path
+    return {"offload_optimizer": place} | ({"offload_param": place} if config.zero_stage == 3 else {})
 
 
 def _set_learning_rates(optimizer: Any, factor: float) -> None:

@@ -33,8 +33,14 @@ def is_out_of_patience(curve: Sequence[CurveRecord], config: TrainingConfig) -> 
     if config.early_stopping_patience is None:
         return False
     best = best_evaluation(curve, config.best_metric)["step"]
-    since = sum(record["step"] > best for record in evaluations(curve))
-    return since >= config.early_stopping_patience
+    since = [record for record in evaluations(curve) if record["step"] > best]
+    return len(since) >= config.early_stopping_patience
+
+
+def bests_to_return_to(curve: Sequence[CurveRecord], checkpoints: Sequence[int], metric: BestMetric) -> set[int]:
+    """Steps of what a run that goes on from one of the checkpoints takes for the best evaluation so far."""
+    before = [[record for record in evaluations(curve) if record["step"] <= step] for step in checkpoints]
+    return {int(best_evaluation(part, metric)["step"]) for part in before if part}
 
 
 def spread_left(curve: Sequence[CurveRecord]) -> float:

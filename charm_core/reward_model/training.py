@@ -19,16 +19,10 @@ from torch import Tensor
 from charm_core.errors import ConfigError, TableError, TrainingError
 from charm_core.reward_model.adapters import add_adapters
 from charm_core.reward_model.batching import PairGroup, share_out
-from charm_core.reward_model.broken_steps import described, keep_broken
+from charm_core.reward_model.broken_steps import stop_if_broken
 from charm_core.reward_model.checkpoints import load_best, load_checkpoint, save_best, save_checkpoint
 from charm_core.reward_model.engines import WEIGHT, Engine, PlainEngine, ZeroEngine
-from charm_core.reward_model.first_step import (
-    disagreement,
-    largest_difference,
-    predicted_losses,
-    raw_scores,
-    tolerance,
-)
+from charm_core.reward_model.first_step import compare_with_raw_scores, predicted_loss
 from charm_core.reward_model.jobs import CurveRecord, TrainingJob, TrainingOutcome
 from charm_core.reward_model.loading import arithmetic_dtype, load_reward_model
 from charm_core.reward_model.losses import PairTargets, pair_losses, root_mean_square
@@ -40,9 +34,9 @@ from charm_core.reward_model.rendering import Rendered
 from charm_core.reward_model.saving import save_model
 from charm_core.reward_model.stopping import (
     best_evaluation,
+    bests_to_return_to,
     check_can_evaluate,
     collapse,
-    evaluations,
     is_out_of_patience,
     spread_left,
 )
@@ -186,8 +180,8 @@ class _Trainer:
         """What follows from an evaluation: the best weights are kept, a collapse is told, and maybe it is time to stop."""
         decisions = [0.0, 0.0, 0.0]
         if self.rank.leads:
-            is_best = self._best_step() == self.done
-            decisions = [is_best, is_out_of_patience(self.curve, self.config), spread_left(self.curve)]
+            no_more = is_out_of_patience(self.curve, self.config)
+            decisions = [self._best_step() == self.done, no_more, spread_left(self.curve)]
         is_best, out_of_patience, share = self.rank.told(decisions)
         collapsed = collapse(share, self.done, self.config)
         if collapsed and self.config.below_spread_floor == "stop":
@@ -230,7 +224,12 @@ class _Trainer:
             losses = self._losses(batch, totals, slopes)
             self.engine.backward(losses.sum() / pairs, last=number == len(batches) - 1)
         self._stop_if_broken(f"the loss of step {index + 1}", batches, totals)
-        noted = self._against_raw_scores(groups, batches, totals) if index == 0 else {}
+        if index == 0:
+            compared = compare_with_raw_scores(self.job, self.pairs, batches, totals, self.rank)
+            predicted = predicted_loss(self.pairs, groups, self.config, self.scale, self.win_rates)
+            noted = {"score_difference": compared, "loss_predicted": predicted}
+        else:
+            noted = {}
         factor = learning_rate_factor(index, len(self.steps), self.config)
         norm = self.engine.step(factor)
         if not math.isfinite(norm):
@@ -240,25 +239,6 @@ class _Trainer:
         means = self._means(totals)
         rate = self.config.learning_rate * factor
         return {"step": index + 1, "learning_rate": rate, "gradient_norm": norm} | means | noted
-
-    def _against_raw_scores(
-        self, groups: Sequence[PairGroup], batches: Sequence[Sequence[PairGroup]], totals: Totals
-    ) -> CurveRecord:
-        """How far the untouched model's scores in the first step are from the raw scores in the pairs table."""
-        mine = [row for batch in batches for group in batch for row in group.rows]
-        scores = torch.cat([scored[1:] for scored in totals.scored], dim=1) if mine else torch.zeros((2, 0))
-        found = largest_difference(self.pairs, mine, scores)
-        difference = max(self.rank.gather([] if found is None else [found]))
-        rows = [row for group in groups for row in group.rows]
-        stored = raw_scores(self.pairs, rows)
-        allowed = tolerance(self.job, self.rank.device, stored.abs().max().item())
-        message = disagreement(difference, allowed, self.config)
-        if message and self.rank.leads:
-            logger.warning(message)
-        predicted = predicted_losses(self.pairs, rows, self.config, self.scale).mean().item()
-        if self.win_rates is not None:
-            predicted += self.win_rates.loss(self.win_rates.sums(self.win_rates.wins(*stored, rows), rows))
-        return {"score_difference": difference.size, "loss_predicted": predicted}
 
     def _win_rate_slopes(self, groups: Sequence[PairGroup], batches: Sequence[Sequence[PairGroup]]) -> Tensor | None:
         """For win_rate_matching: how the loss changes with each pair's share of the win rates, times the step's pairs."""
@@ -355,39 +335,17 @@ class _Trainer:
 
     def _keep_best(self) -> None:
         """Keep the weights of the evaluation just made, beside those to which a checkpoint leads back."""
-        weights = self.engine.state(moments=False)
         work_dir = self.job.work_dir
-        # what was best up to a checkpoint is what a run that goes on from it takes for the best
-        before = [[record for record in self.curve if record["step"] <= step] for step in checkpoint_steps(work_dir)]
-        metric = self.config.best_metric
-        needed = [best_evaluation(curve, metric)["step"] for curve in before if evaluations(curve)]
+        needed = bests_to_return_to(self.curve, checkpoint_steps(work_dir), self.config.best_metric)
+        weights = self.engine.state(moments=False)
         save_best(weights, self.done, work_dir, needed=needed, writes=self.rank.leads)
         self.rank.barrier()
 
     def _stop_if_broken(
         self, what: str, batches: Sequence[Sequence[PairGroup]], totals: Totals, *, everything: bool = False
     ) -> None:
-        """Stop with what was broken in a file, if a loss is NaN or infinite, or in any case (``everything``)."""
-        counted = [(number, batch) for number, batch in enumerate(batches) if batch]
-        rows = [
-            row
-            for (number, batch), scored in zip(counted, totals.scored, strict=True)
-            if everything or not torch.isfinite(scored).all()
-            for row in described(batch, scored, self.data, rank=self.rank.number, number=number)
-        ]
-        everywhere = self.rank.gather(rows)
-        if not everywhere:
-            return
         file = broken_file(self.job.work_dir, self.done + 1)
-        if self.rank.leads:
-            keep_broken(everywhere, file)
-        self.rank.barrier()
-        prompt_ids = sorted({row["prompt_id"] for row in everywhere})
-        raise TrainingError(
-            f"{what} is NaN or infinite; its {len(prompt_ids)} prompts are {', '.join(prompt_ids[:10])}"
-            f"{', ...' if len(prompt_ids) > 10 else ''}, and token ids, scores and losses of their pairs are in {file}. Look at their "
-            "responses, lower the learning rate, or use dtype='float32'"
-        )
+        stop_if_broken(what, batches, totals, self.data, self.rank, file, everything=everything)
 
 
 def _read_table(path: Path, name: str) -> pl.DataFrame:
