@@ -13,20 +13,18 @@ from charm_core.reward_model.batching import PairGroup
 from charm_core.reward_model.plan import TrainingData
 from charm_core.reward_model.ranks import Rank, Totals
 
-SCHEMA = pl.Schema(
-    {
-        "rank": pl.Int64,
-        "micro_batch": pl.Int64,
-        "prompt_id": pl.String,
-        "pair": pl.Int64,
-        "chosen_token_ids": pl.List(pl.Int64),
-        "rejected_token_ids": pl.List(pl.Int64),
-        "margin": pl.Float64,
-        "chosen_score": pl.Float64,
-        "rejected_score": pl.Float64,
-        "loss": pl.Float64,
-    }
-)
+SCHEMA: dict[str, Any] = {
+    "rank": pl.Int64,
+    "micro_batch": pl.Int64,
+    "prompt_id": pl.String,
+    "pair": pl.Int64,
+    "chosen_token_ids": pl.List(pl.Int64),
+    "rejected_token_ids": pl.List(pl.Int64),
+    "margin": pl.Float64,
+    "chosen_score": pl.Float64,
+    "rejected_score": pl.Float64,
+    "loss": pl.Float64,
+}
 """One row per pair; ``pair`` is its row of the pairs table, scores and losses may be NaN or infinite."""
 
 

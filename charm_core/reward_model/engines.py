@@ -220,7 +220,7 @@ def _offloading(config: TrainingConfig) -> dict[str, Any]:
     """Where the optimiser's state goes, and under ZeRO-3 the weights."""
     if config.offload == "none":
         return {}
-    place = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
+    place: dict[str, Any] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
     if config.offload == "nvme":
         place["nvme_path"] = config.nvme_path
     return {"offload_optimizer": place} | ({"offload_param": place} if config.zero_stage == 3 else {})

@@ -59,7 +59,7 @@ def compare_with_raw_scores(
     mine = [row for batch in batches for group in batch for row in group.rows]
     scores = torch.cat([scored[1:] for scored in totals.scored], dim=1).T if mine else torch.zeros((0, 2))
     difference = max(rank.gather(largest_difference(pairs, mine, scores)))
-    largest = max(pairs[column].abs().max() for column in ("chosen_score", "rejected_score"))
+    largest = _two_columns(pairs, range(pairs.height), "score").abs().max().item()
     allowed = tolerance(job, rank.device) * largest
     if difference.size > allowed:
         message = _disagreement(difference, allowed)
