@@ -138,10 +138,11 @@ def test_the_saved_model_scores_as_the_best_evaluation_did(job_of):
 
 
 def test_an_untouched_model_that_is_best_is_saved_untouched(job_of):
-    wrong = pairs_table().with_columns(
-        split=pl.when(split="train").then(pl.lit("held_out")).otherwise(pl.lit("train")),
-    )
-    job = job_of(pairs=wrong, epochs=3, learning_rate=1e-2, keep="best", evaluate_every_steps=1)
+    pairs = pairs_table(held_out=0)
+    sides = {"chosen": "rejected", "chosen_model": "rejected_model"}
+    opposite = pairs.rename(sides | {new: old for old, new in sides.items()}).select(pairs.columns)
+    opposite = opposite.with_columns(split=pl.lit("held_out"), prompt_id="opposite of " + pl.col("prompt_id"))
+    job = job_of(pairs=pl.concat([pairs, opposite]), epochs=2, keep="best")
     outcome = train(job, HERE)
     assert outcome.saved_step == 0
     assert outcome.evaluation_after == outcome.evaluation_before
