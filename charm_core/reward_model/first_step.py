@@ -61,12 +61,12 @@ def compare_with_raw_scores(
     difference = max(rank.gather(largest_difference(pairs, mine, scores)))
     largest = _two_columns(pairs, range(pairs.height), "score").abs().max().item()
     allowed = tolerance(job, rank.device) * largest
-    if difference.size > allowed:
+    if difference.size > allowed and job.config.raw_scores_of != "another_model":
         message = _disagreement(difference, allowed)
         if job.config.raw_scores_of == "this_model":
             raise TrainingError(message)
         if rank.leads:
-            logger.warning("%s. If the raw scores are another model's, nothing is wrong", message)
+            logger.warning("%s. If the raw scores are another model's, set training.raw_scores_of to say so", message)
     return difference.size
 
 

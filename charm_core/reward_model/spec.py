@@ -276,10 +276,10 @@ class TrainingConfig(BaseModel):
         description="What an evaluation below score_spread_floor does. Calibrated scores in a much smaller unit than the reward "
         "model's can lower the spread rightly.",
     )
-    raw_scores_of: Literal["this_model", "unknown"] = Field(
+    raw_scores_of: Literal["this_model", "another_model", "unknown"] = Field(
         default="unknown",
-        description="Whose the raw scores of the pairs are. this_model: it is an error if the first step finds others, which a wrong "
-        "template, head or revision does; unknown: a warning.",
+        description="Whose the raw scores of the pairs are. this_model: it is an error if the first step finds others, as it does with "
+        "a wrong template, head or revision; unknown: a warning; another_model: nothing.",
     )
     checkpoint_every_steps: int = Field(default=50, ge=1, description="Steps between checkpoints.")
     checkpoints_kept: int = Field(default=2, ge=1, description="Checkpoints kept on disk while training runs.")

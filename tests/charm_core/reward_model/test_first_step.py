@@ -105,6 +105,13 @@ def test_it_is_a_warning_and_a_number_where_nothing_is_said(job_of, models, capl
     assert len([record for record in caplog.records if NOTED in record.message]) == 1
 
 
+def test_scores_said_to_be_another_models_are_only_a_number(job_of, caplog):
+    with caplog.at_level(logging.WARNING):
+        outcome = train(job_of(pairs_table(), raw_scores_of="another_model"), HERE)
+    assert outcome.score_difference > 0.1
+    assert not [record for record in caplog.records if NOTED in record.message]
+
+
 def test_lower_precision_is_no_disagreement(job_of, models, caplog):
     pairs = scored(pairs_table(), RewardModelSpec(path=str(models[0]), max_length=64))
     with caplog.at_level(logging.WARNING):
