@@ -121,12 +121,7 @@ class ZeroEngine:
         )
         self._base = optimizer
         self._stage = config.zero_stage
-        # Made here because stages 1 and 2 otherwise lose sight of the moments of all parameter groups but the first.
-        for weights in self._partitions():
-            zeros = {moment: torch.zeros_like(weights.data) for moment in MOMENTS}
-            self._base.state[weights] = {"step": torch.tensor(0.0), **zeros}
-        if self._stage in (1, 2):
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._make_moments()
 
     def score(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Scores of a batch."""
@@ -180,6 +175,20 @@ class ZeroEngine:
                     self._base.state[parameter][moment].copy_(value)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _make_moments(self) -> None:
+        """Made here because stages 1 and 2 otherwise lose sight of the moments of all parameter groups but the first."""
+        zero = self._engine.optimizer
+        for number, weights in enumerate(self._partitions()):
+            on_disk = self._stage == 3 and zero._swappable_optimizer_subgroup(number)
+            if on_disk:
+                zero._optimizer_states_and_gradient_swap_in(number)
+            zeros = {moment: torch.zeros_like(weights.data) for moment in MOMENTS}
+            self._base.state[weights] = {"step": torch.tensor(0.0), **zeros}
+            if on_disk:
+                zero._optimizer_states_and_gradient_swap_out(number)
+        if self._stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
 
     def _partitions(self) -> list[Tensor]:
         """The tensors that AdamW itself updates: with ZeRO, this rank's flat shares."""
