@@ -136,9 +136,9 @@ def _gathered(arena: ArenaConfig, sampling: SamplingConfig | None) -> Answers:
 def simulated_sources(world: SimulatedWorld) -> Sources:
     """Draw a simulated arena, fit its ratings and train its biased reward model."""
     drawn = simulate_sources(world.arena, world.max_length)
-    trained = train_reward_model(
-        "simulated reward model", drawn.untrained, drawn.biased_pairs, None, world.base_training
-    )
+    # its pairs are ordered by the simulated taste, not by scores of the untrained model
+    training = world.base_training.model_copy(update={"raw_scores_of": "another_model"})
+    trained = train_reward_model("simulated reward model", drawn.untrained, drawn.biased_pairs, None, training)
     board = fit_arena_ratings(drawn.battles, f"simulation, seed {world.arena.seed}")
     return Sources(
         name="simulated reward model",

@@ -46,6 +46,13 @@ class TrainingSummary(BaseModel):
     last_loss: float
     evaluation_before: dict[str, float] | None
     evaluation_after: dict[str, float] | None
+    saved_step: int | None = Field(default=None, description="Steps after which the saved model was as it is.")
+    stopped_early: bool = False
+    first_loss_predicted: float | None = Field(default=None, description="First loss if scores were the raw scores.")
+    score_difference: float | None = Field(
+        default=None,
+        description="Largest difference between a score of the untouched model in training and its raw score.",
+    )
 
 
 class Curve(BaseModel):

@@ -32,7 +32,7 @@ class Engine(Protocol):
     def step(self, rate_factor: float) -> float:
         """Update the weights with this share of the peak learning rates; returns the gradients' norm before clipping."""
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, *, moments: bool = True) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, ``weight`` or moment, full float32 tensor) of all trained parameters; all ranks take part."""
 
     def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
@@ -89,11 +89,11 @@ class PlainEngine:
         self._optimizer.zero_grad()
         return norm
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, *, moments: bool = True) -> Iterator[tuple[str, str, Tensor]]:
         """Weights and moments by name."""
         for name, parameter in _trained(self._network):
             yield name, WEIGHT, parameter.detach()
-            for moment in MOMENTS:
+            for moment in MOMENTS if moments else ():
                 yield name, moment, self._optimizer.state[parameter][moment]
 
     def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
@@ -121,12 +121,7 @@ class ZeroEngine:
         )
         self._base = optimizer
         self._stage = config.zero_stage
-        # Made here because stages 1 and 2 otherwise lose sight of the moments of all parameter groups but the first.
-        for weights in self._partitions():
-            zeros = {moment: torch.zeros_like(weights.data) for moment in MOMENTS}
-            self._base.state[weights] = {"step": torch.tensor(0.0), **zeros}
-        if self._stage in (1, 2):
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._make_moments()
 
     def score(self, batch: Mapping[str, Any]) -> Tensor:
         """Scores of a batch."""
@@ -145,23 +140,26 @@ class ZeroEngine:
             # Here DeepSpeed clips without keeping the norm.
             gradients = [parameter.grad for _, parameter in _trained(self._engine.module) if parameter.grad is not None]
             norm = nn.utils.get_total_norm(gradients).item()
-            self._engine.step()
+            # The other stages leave the weights alone by themselves where it is not finite.
+            if math.isfinite(norm):
+                self._engine.step()
             return norm
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, *, moments: bool = True) -> Iterator[tuple[str, str, Tensor]]:
         """Weights and moments by name."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        kinds = MOMENTS if moments else ()
         for name, parameter in _trained(self._engine.module):
             if self._stage == 0:
                 yield name, WEIGHT, parameter.detach()
-                for moment in MOMENTS:
+                for moment in kinds:
                     yield name, moment, self._base.state[parameter][moment]
             else:
                 yield name, WEIGHT, safe_get_full_fp32_param(parameter)
-                for moment in MOMENTS:
+                for moment in kinds:
                     yield name, moment, safe_get_full_optimizer_state(parameter, moment)
 
     def load_moments(self, moments: Mapping[tuple[str, str], Tensor], step: int) -> None:
@@ -177,6 +175,20 @@ class ZeroEngine:
                     self._base.state[parameter][moment].copy_(value)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _make_moments(self) -> None:
+        """Made here because stages 1 and 2 otherwise lose sight of the moments of all parameter groups but the first."""
+        zero = self._engine.optimizer
+        for number, weights in enumerate(self._partitions()):
+            on_disk = self._stage == 3 and zero._swappable_optimizer_subgroup(number)
+            if on_disk:
+                zero._optimizer_states_and_gradient_swap_in(number)
+            zeros = {moment: torch.zeros_like(weights.data) for moment in MOMENTS}
+            self._base.state[weights] = {"step": torch.tensor(0.0), **zeros}
+            if on_disk:
+                zero._optimizer_states_and_gradient_swap_out(number)
+        if self._stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
 
     def _partitions(self) -> list[Tensor]:
         """The tensors that AdamW itself updates: with ZeRO, this rank's flat shares."""
@@ -204,10 +216,23 @@ def deepspeed_config(network: TrainableNetwork, config: TrainingConfig, world_si
             "stage3_prefetch_bucket_size": bucket,
             # As transformers chooses it: vectors stay whole on every rank, matrices are shared out.
             "stage3_param_persistence_threshold": 10 * hidden,
+            **_offloading(config),
         },
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own Adam on the CPU is compiled on first use; torch's gives the same bytes as without offloading.
+        "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _offloading(config: TrainingConfig) -> dict[str, Any]:
+    """Where the optimiser's state goes, and under ZeRO-3 the weights."""
+    if config.offload == "none":
+        return {}
+    place: dict[str, Any] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
+    if config.offload == "nvme":
+        place["nvme_path"] = config.nvme_path
+    return {"offload_optimizer": place} | ({"offload_param": place} if config.zero_stage == 3 else {})
 
 
 def _set_learning_rates(optimizer: Any, factor: float) -> None:

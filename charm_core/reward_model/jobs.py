@@ -93,7 +93,16 @@ class TrainingOutcome(BaseModel):
     evaluation_before: dict[str, float] | None = Field(
         description="Loss, accuracy, mean margin on held-out pairs, before."
     )
-    evaluation_after: dict[str, float] | None = Field(description="The same after training.")
+    evaluation_after: dict[str, float] | None = Field(description="The same of the saved model.")
+    saved_step: int | None = Field(default=None, description="Steps after which the saved model was as it is.")
+    stopped_early: bool = Field(default=False, description="Whether early_stopping_patience ended it before its time.")
+    first_loss_predicted: float | None = Field(
+        default=None, description="First loss if the scores were the raw scores in the pairs table."
+    )
+    score_difference: float | None = Field(
+        default=None,
+        description="Largest difference between a score of the first step, before any change, and the raw score in the pairs table.",
+    )
 
 
 class ProcessIdentity(BaseModel):

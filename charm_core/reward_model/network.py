@@ -140,24 +140,29 @@ def freeze(network: TrainableNetwork, trainable_layers: int | None) -> None:
     """
     if trainable_layers is None:
         return
-    layers = layers_of(network)
-    if trainable_layers > len(layers):
-        raise TrainingError(f"trainable_layers={trainable_layers}, but the model has {len(layers)} layers")
+    layers = transformer_layers(network, trainable_layers)
     network.requires_grad_(False)
-    for layer in layers[len(layers) - trainable_layers :]:
+    for layer in layers:
         layer.requires_grad_(True)
     network.classifier.get_submodule(network.head_name).requires_grad_(True)
 
 
-def layers_of(network: nn.Module) -> list[nn.Module]:
-    """The transformer's layers, first to last."""
+def transformer_layers(network: nn.Module, last: int | None = None) -> list[nn.Module]:
+    """The last so many transformer layers of a network, or all.
+
+    Raises:
+        TrainingError: It has fewer.
+    """
     lists = [list(module) for module in network.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
+    layers = max(lists, key=len)
+    if last is not None and last > len(layers):
+        raise TrainingError(f"trainable_layers={last}, but the model has {len(layers)} layers")
+    return layers if last is None else layers[len(layers) - last :]
 
 
 def compile_layers(network: nn.Module) -> None:
     """Compile every layer by itself: layers are alike, so that one is compiled for all of them, and per size of the row."""
-    for layer in layers_of(network):
+    for layer in transformer_layers(network):
         layer.compile(dynamic=False)
 
 

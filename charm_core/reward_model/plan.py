@@ -64,17 +64,20 @@ def prepare(pairs: pl.DataFrame, tokenizer: Any, spec: RewardModelSpec) -> Train
     )
 
 
-def plan_steps(groups: Sequence[PairGroup], config: TrainingConfig) -> list[list[PairGroup]]:
+def plan_steps(
+    groups: Sequence[PairGroup], config: TrainingConfig, lengths: Sequence[int] = ()
+) -> list[list[PairGroup]]:
     """Order the prompts and cut them into steps.
 
     Every epoch takes the prompts in a new order, drawn from the seed, and is cut evenly into as many steps as
-    ``pairs_per_step`` makes it: a short last step would be a noisy one. No step has more pairs than that, but for a prompt
-    that has more by itself.
-    A fraction of an epoch takes that share of the prompts, at least one.
+    ``pairs_per_step`` or ``tokens_per_step`` makes it: a short last step would be a noisy one. No step has more pairs or
+    tokens than that, but for a prompt that has more by itself. A fraction of an epoch takes that share of the prompts, at
+    least one.
 
     Args:
         groups: All training pairs, one group per prompt.
-        config: ``epochs``, ``pairs_per_step`` and ``seed`` matter.
+        config: ``epochs``, ``pairs_per_step``, ``tokens_per_step`` and ``seed`` matter.
+        lengths: Tokens per text; needed for ``tokens_per_step``.
 
     Returns:
         The groups of each step.
@@ -84,7 +87,11 @@ def plan_steps(groups: Sequence[PairGroup], config: TrainingConfig) -> list[list
         share = min(1.0, config.epochs - epoch)
         order = np.random.default_rng([config.seed, epoch]).permutation(len(groups))
         taken = [groups[index] for index in order[: max(1, round(share * len(groups)))]]
-        steps.extend(_cut(taken, config.pairs_per_step))
+        if config.tokens_per_step is None:
+            steps.extend(_cut(taken, [len(group.pairs) for group in taken], config.pairs_per_step))
+        else:
+            tokens = [sum(lengths[text] for text in group.texts) for group in taken]
+            steps.extend(_cut(taken, tokens, config.tokens_per_step))
     return steps
 
 
@@ -103,16 +110,16 @@ def learning_rate_factor(step: int, steps: int, config: TrainingConfig) -> float
     return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _cut(groups: Sequence[PairGroup], pairs_per_step: int) -> list[list[PairGroup]]:
-    total = sum(len(group.pairs) for group in groups)
-    share = total / math.ceil(total / pairs_per_step)
+def _cut(groups: Sequence[PairGroup], sizes: Sequence[int], most: int) -> list[list[PairGroup]]:
+    """Cut groups of these sizes, in their order, into steps of about the same size and of at most ``most``."""
+    total = sum(sizes)
+    share = total / math.ceil(total / most)
     steps: list[list[PairGroup]] = []
     in_step = before = 0
-    for group in groups:
-        size = len(group.pairs)
+    for group, size in zip(groups, sizes, strict=True):
         # a prompt belongs to the step in whose share its middle lies
         due = int((before + size / 2) / share) + 1
-        if not steps or (len(steps) < due and in_step) or in_step + size > pairs_per_step:
+        if not steps or (len(steps) < due and in_step) or in_step + size > most:
             steps.append([])
             in_step = 0
         steps[-1].append(group)

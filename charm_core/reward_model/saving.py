@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from charm_core.errors import ArtifactError
+from charm_core.errors import ArtifactError, TrainingError
+from charm_core.reward_model.adapters import add_adapters, merge_adapters
 from charm_core.reward_model.jobs import TrainingJob
 from charm_core.reward_model.loading import load_reward_model
 from charm_core.reward_model.network import trainable
@@ -20,15 +21,23 @@ from charm_core.reward_model.workdir import sync_folder
 def save_model(trained: dict[str, Tensor], job: TrainingJob) -> None:
     """Write the fine-tuned model as a folder of its own, under a temporary name that is renamed last.
 
-    Everything that was not trained comes from the original; weights are float32. What a LoRA adapter was merged into is
-    saved as a plain classifier.
+    Everything that was not trained comes from the original; weights are float32. LoRA adapters, those trained and one that
+    the original was, are merged, so that a plain model is saved.
+
+    Args:
+        trained: Weights of all that was trained, by parameter name; none: the untouched model is saved.
+        job: What was trained.
 
     Raises:
         ArtifactError: The folder cannot be written.
     """
     original = load_reward_model(job.model, dtype=torch.float32, device=torch.device("cpu"))
     network = trainable(original.network, job.model.path)
-    network.load_state_dict(trained, strict=False)
+    add_adapters(network, job.config)
+    unknown = network.load_state_dict(trained, strict=False).unexpected_keys
+    if unknown:
+        raise TrainingError(f"the trained weights {unknown[:3]} are not in the reward model; this is a bug, report it")
+    merge_adapters(network)
     partial = job.output_dir.with_name(f"{job.output_dir.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -110,12 +110,7 @@ class RewardModelSpec(BaseModel):
         Fields that came later are left out where they have their default, so that what was done before they came is
         still recognised.
         """
-        dumped = self.model_dump(mode="json", exclude=set(exclude))
-        return {
-            name: value
-            for name, value in dumped.items()
-            if name not in _LATER_FIELDS or value != type(self).model_fields[name].default
-        }
+        return _without_later_defaults(self, self.model_dump(mode="json", exclude=set(exclude)), _LATER_FIELDS)
 
     def saved_at(self, path: str) -> Self:
         """The spec of what fine-tuning makes of this reward model: a folder that needs no base model any more."""
@@ -138,6 +133,10 @@ _LATER_FIELDS = {
     "reference_revision",
     "dpo_beta",
 }
+
+
+BestMetric = Literal["eval_loss", "eval_accuracy", "eval_margin_mean"]
+"""By what evaluations on held-out pairs are compared; see ``TrainingConfig.best_metric``."""
 
 
 class TrainingConfig(BaseModel):
@@ -174,6 +173,12 @@ class TrainingConfig(BaseModel):
         default=64,
         ge=1,
         description="Most pairs per optimiser step, over all ranks. Pairs of one prompt stay together, even if they are more.",
+    )
+    tokens_per_step: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens per optimiser step, over all ranks and without padding, in place of pairs_per_step, which then "
+        "does not count. A prompt that has more by itself is a step of its own.",
     )
     micro_batch_tokens: int = Field(
         default=8192,
@@ -221,6 +226,17 @@ class TrainingConfig(BaseModel):
         ge=0,
         description="Train only the last so many transformer layers and the head; default: everything.",
     )
+    lora_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Rank of LoRA adapters, which alone are trained, with the head, and merged at the end; none: train the weights "
+        "themselves.",
+    )
+    lora_alpha: int | None = Field(default=None, ge=1, description="LoRA's α; default: twice the rank.")
+    lora_targets: tuple[str, ...] = Field(
+        default=(),
+        description="Names of the layers that get an adapter, such as q_proj; default: all linear ones of the transformer layers.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Arithmetic in training; auto is bfloat16 on a GPU. Master weights are always float32.",
@@ -234,6 +250,12 @@ class TrainingConfig(BaseModel):
         le=3,
         description="DeepSpeed ZeRO stage; none: plain PyTorch in one process, without DeepSpeed.",
     )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="Where ZeRO-2 keeps the optimiser's state, and ZeRO-3 also the weights: on the GPU, in main memory, or on a fast "
+        "disk (zero_stage 3, nvme_path).",
+    )
+    nvme_path: str | None = Field(default=None, description="Folder on the fast disk; needed by offload 'nvme'.")
     ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="Processes; auto: one per GPU, or 2 on a CPU with at least two cores. Plain training uses 1.",
@@ -246,9 +268,42 @@ class TrainingConfig(BaseModel):
         ge=1,
         description="Steps between evaluations on held-out pairs; default: before the first and after the last.",
     )
+    best_metric: BestMetric = Field(
+        default="eval_loss",
+        description="What makes one evaluation better than another: a lower eval_loss, a higher eval_accuracy or a higher "
+        "eval_margin_mean.",
+    )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many evaluations in a row without a new best; needs evaluate_every_steps. Default: never.",
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="Which model is saved: that of the last step, or that of the best evaluation, which may be the untouched one.",
+    )
+    score_spread_floor: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of the score spread before training (standard deviation of scores within held-out prompts) below which "
+        "the reward model counts as collapsed; 0: never.",
+    )
+    below_spread_floor: Literal["warn", "stop"] = Field(
+        default="warn",
+        description="What an evaluation below score_spread_floor does. Calibrated scores in a much smaller unit than the reward "
+        "model's can lower the spread rightly.",
+    )
+    raw_scores_of: Literal["this_model", "another_model", "unknown"] = Field(
+        default="unknown",
+        description="Whose the raw scores of the pairs are. this_model: it is an error if the first step finds others, as it does with "
+        "a wrong template, head or revision; unknown: a warning; another_model: nothing.",
+    )
     checkpoint_every_steps: int = Field(default=50, ge=1, description="Steps between checkpoints.")
     checkpoints_kept: int = Field(default=2, ge=1, description="Checkpoints kept on disk while training runs.")
-    seed: int = Field(default=0, ge=0, description="Seed of the order of the prompts.")
+    seed: int = Field(
+        default=0, ge=0, description="Seed of the order of the prompts, and of the first weights of LoRA adapters."
+    )
 
     @model_validator(mode="after")
     def _options_belong_to_the_objective(self) -> Self:
@@ -259,3 +314,63 @@ class TrainingConfig(BaseModel):
         if self.zero_stage is None and self.ranks not in (1, "auto"):
             raise ValueError(f"ranks={self.ranks} needs DeepSpeed: set zero_stage to 0, 1, 2 or 3")
         return self
+
+    @model_validator(mode="after")
+    def _options_have_what_they_need(self) -> Self:
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets):
+            raise ValueError("lora_alpha and lora_targets need lora_rank: set it, or leave them out")
+        if self.early_stopping_patience is not None and self.evaluate_every_steps is None:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} counts evaluations: set evaluate_every_steps too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_has_what_it_needs(self) -> Self:
+        stages = {"none": (None, 0, 1, 2, 3), "cpu": (2, 3), "nvme": (3,)}[self.offload]
+        if self.zero_stage not in stages:
+            raise ValueError(
+                f"offload={self.offload!r} needs zero_stage {' or '.join(map(str, stages))}, not {self.zero_stage}: change one of them"
+            )
+        if (self.nvme_path is None) == (self.offload == "nvme"):
+            raise ValueError(
+                "offload 'nvme' needs nvme_path, a folder on the fast disk"
+                if self.offload == "nvme"
+                else f"nvme_path={self.nvme_path!r} belongs to offload 'nvme', not to {self.offload!r}: leave it out"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What of it goes into cache keys."""
+        return self.settings(exclude=_LATER_AND_NO_MATTER)
+
+    def settings(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """The fields as JSON-able data, for identities; see ``RewardModelSpec.settings``."""
+        dumped = self.model_dump(mode="json", exclude=set(exclude))
+        return _without_later_defaults(self, dumped, _LATER_TRAINING_FIELDS)
+
+
+_LATER_AND_NO_MATTER = {"offload", "nvme_path", "raw_scores_of"}
+"""Later fields of ``TrainingConfig`` that decide where and how carefully, not what is learnt. Earlier ones of that sort stay in
+cache keys, so that these do not change."""
+_LATER_TRAINING_FIELDS = _LATER_AND_NO_MATTER | {
+    "tokens_per_step",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "best_metric",
+    "early_stopping_patience",
+    "keep",
+    "score_spread_floor",
+    "below_spread_floor",
+}
+
+
+def _without_later_defaults(settings: BaseModel, dumped: dict[str, Any], later: Collection[str]) -> dict[str, Any]:
+    defaults = {name: type(settings).model_fields[name].default for name in later}
+    return {
+        name: value
+        for name, value in dumped.items()
+        # a tuple is dumped as a list
+        if name not in later or (tuple(value) if isinstance(value, list) else value) != defaults[name]
+    }

@@ -17,21 +17,35 @@ import torch
 from torch import Tensor
 
 from charm_core.errors import ConfigError, TableError, TrainingError
+from charm_core.reward_model.adapters import add_adapters
 from charm_core.reward_model.batching import Cost, PairGroup, packed_cost, padded_cost, share_out
-from charm_core.reward_model.checkpoints import load_checkpoint, save_checkpoint
+from charm_core.reward_model.broken_steps import stop_if_broken
+from charm_core.reward_model.checkpoints import load_best, load_checkpoint, save_best, save_checkpoint
 from charm_core.reward_model.engines import WEIGHT, Engine, PlainEngine, ZeroEngine
+from charm_core.reward_model.first_step import compare_with_raw_scores, predicted_loss
 from charm_core.reward_model.jobs import CurveRecord, TrainingJob, TrainingOutcome
 from charm_core.reward_model.loading import arithmetic_dtype, load_reward_model
 from charm_core.reward_model.losses import PairTargets, pair_losses, root_mean_square
 from charm_core.reward_model.network import TrainableNetwork, checkpoint_gradients, freeze, trainable
+from charm_core.reward_model.outcomes import EVALUATION_KEYS, training_outcome
 from charm_core.reward_model.packing import PrefixGroup
-from charm_core.reward_model.plan import TrainingData, learning_rate_factor, plan_steps, prepare
+from charm_core.reward_model.plan import learning_rate_factor, plan_steps, prepare
 from charm_core.reward_model.ranks import Rank, Totals
 from charm_core.reward_model.saving import save_model
+from charm_core.reward_model.stopping import (
+    best_evaluation,
+    bests_to_return_to,
+    check_can_evaluate,
+    collapse,
+    is_out_of_patience,
+    spread_left,
+)
 from charm_core.reward_model.text_scoring import choose_batching, groups_of, inputs_of
 from charm_core.reward_model.win_rates import WinRateTargets
 from charm_core.reward_model.workdir import (
     append_curve,
+    broken_file,
+    checkpoint_steps,
     claim,
     finished_outcome,
     mark_finished,
@@ -44,8 +58,6 @@ logger = logging.getLogger(__name__)
 
 MEMORY = ("win_rates", "sums")
 """Name and kind of the remembered win rates in a checkpoint."""
-
-EVALUATION_KEYS = ("loss", "accuracy", "margin_mean")
 
 
 def train(job: TrainingJob, rank: Rank) -> TrainingOutcome | None:
@@ -81,13 +93,16 @@ class _Trainer:
     def __init__(self, job: TrainingJob, rank: Rank) -> None:
         self.job, self.rank, self.config = job, rank, job.config
         torch.manual_seed(job.config.seed)
-        self.done = rewind(job.work_dir) if rank.leads else 0
-        self.done = int(rank.total(torch.tensor([float(self.done)], dtype=torch.float64)).item())
+        (done,) = rank.told([rewind(job.work_dir) if rank.leads else 0])
+        self.done = int(done)
+        """Steps that the weights have behind them."""
+        self.curve: list[CurveRecord] = read_curve(job.work_dir) if rank.leads else []
         self.model = load_reward_model(job.model, dtype=torch.float32, device=rank.device)
         self.pairs = validate(_read_table(job.pairs_path, "pairs"), PAIRS)
         self.data = prepare(self.pairs, self.model.tokenizer, self.model.spec)
+        check_can_evaluate(self.config, sum(len(group.pairs) for group in self.data.held_out))
         self._choose_batching()
-        self.steps = plan_steps(self.data.train, self.config)
+        self.steps = plan_steps(self.data.train, self.config, self.data.lengths)
         rows = [row for group in self.data.train for row in group.rows]
         self.win_rates = _win_rate_targets(job, self.pairs)
         self.scale = self.config.margin_scale or root_mean_square(torch.tensor(self.data.margins[rows]))
@@ -105,7 +120,7 @@ class _Trainer:
         )
 
     def run(self) -> None:
-        """All steps that are not done yet, with evaluations and checkpoints."""
+        """All steps that are not done yet, with evaluations and checkpoints, or those up to an early stop."""
         if self.done == 0 and self.data.held_out:
             self._record({"step": 0} | self._evaluate())
         for index in range(self.done, len(self.steps)):
@@ -113,7 +128,8 @@ class _Trainer:
             record = self._step(index)
             step = index + 1
             every = self.config.evaluate_every_steps
-            if self.data.held_out and (step == len(self.steps) or (every and step % every == 0)):
+            evaluated = bool(self.data.held_out) and (step == len(self.steps) or (every and step % every == 0))
+            if evaluated:
                 record |= self._evaluate()
             self._record(record)
             seconds = time.monotonic() - started
@@ -125,16 +141,28 @@ class _Trainer:
                 record["accuracy"],
                 record["tokens"] / seconds,
             )
+            if evaluated and self._is_enough():
+                break
             if step % self.config.checkpoint_every_steps == 0 and step < len(self.steps):
                 self._checkpoint(step)
 
     def finish(self) -> TrainingOutcome | None:
         """Write the model folder and the finished marker."""
-        trained = {name: tensor.to("cpu", copy=True) for name, kind, tensor in self.engine.state() if kind == WEIGHT}
+        best = self.config.keep == "best"
+        (saved,) = self.rank.told([self._best_step() if best and self.rank.leads else self.done])
+        trained = self._weights_after(int(saved))
         outcome = None
         if self.rank.leads:
             save_model(trained, self.job)
-            outcome = self._outcome()
+            outcome = training_outcome(
+                self.job,
+                self.data,
+                self.steps,
+                self.curve,
+                ranks=self.rank.world_size,
+                saved_step=int(saved),
+                margin_scale=self.scale,
+            )
             mark_finished(self.job, outcome)
         self.rank.barrier()
         return outcome
@@ -153,12 +181,43 @@ class _Trainer:
         )
         logger.info("texts are %s", "packed" if check.refusal is None else f"padded: {check.refusal}")
 
+    def _weights_after(self, step: int) -> dict[str, Tensor]:
+        """What was trained as it was after a step, on the leading rank; all ranks take part."""
+        if step == self.done:
+            state = self.engine.state(moments=False)
+            return {name: tensor.to("cpu", copy=True) for name, _, tensor in state if self.rank.leads}
+        # the untouched model is not kept anew
+        return load_best(self.job.work_dir, step) if step and self.rank.leads else {}
+
+    def _best_step(self) -> int:
+        return int(best_evaluation(self.curve, self.config.best_metric)["step"])
+
+    def _is_enough(self) -> bool:
+        """What follows from an evaluation: the best weights are kept, a collapse is told, and maybe it is time to stop."""
+        decisions = [0.0, 0.0, 0.0]
+        if self.rank.leads:
+            no_more = is_out_of_patience(self.curve, self.config)
+            decisions = [self._best_step() == self.done, no_more, spread_left(self.curve)]
+        is_best, out_of_patience, share = self.rank.told(decisions)
+        collapsed = collapse(share, self.done, self.config)
+        if collapsed and self.config.below_spread_floor == "stop":
+            raise TrainingError(collapsed)
+        if collapsed and self.rank.leads:
+            logger.warning(collapsed)
+        if is_best and self.config.keep == "best":
+            self._keep_best()
+        if out_of_patience and self.done < len(self.steps):
+            patience = self.config.early_stopping_patience
+            logger.info("stopped after step %d: %d evaluations without a better one", self.done, patience)
+        return bool(out_of_patience)
+
     def _make_engine(self, network: TrainableNetwork, moments: dict[tuple[str, str], Tensor]) -> Engine:
+        freeze(network, self.config.trainable_layers)
+        add_adapters(network, self.config)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 if (name, WEIGHT) in moments:
                     parameter.copy_(moments[name, WEIGHT])
-        freeze(network, self.config.trainable_layers)
         lower = arithmetic_dtype(self.config.dtype, self.rank.device)
         network.autocast_dtype = None if lower == torch.float32 else lower
         if self.config.gradient_checkpointing:
@@ -175,22 +234,27 @@ class _Trainer:
         groups = self.steps[index]
         pairs = sum(len(group.pairs) for group in groups)
         totals = Totals()
-        broken: list[str] = []
         batches = self._share(groups)
         slopes = self._win_rate_slopes(groups, batches)
         for number, batch in enumerate(batches):
             losses = self._losses(batch, totals, slopes)
-            if not torch.isfinite(losses).all():
-                broken.extend(group.prompt_id for group in batch)
             self.engine.backward(losses.sum() / pairs, last=number == len(batches) - 1)
-        self._stop_if_broken(index + 1, broken)
+        self._stop_if_broken(f"the loss of step {index + 1}", batches, totals)
+        if index == 0:
+            compared = compare_with_raw_scores(self.job, self.pairs, batches, totals, self.rank)
+            predicted = predicted_loss(self.pairs, groups, self.config, self.scale, self.win_rates)
+            noted = {"score_difference": compared, "loss_predicted": predicted}
+        else:
+            noted = {}
         factor = learning_rate_factor(index, len(self.steps), self.config)
         norm = self.engine.step(factor)
         if not math.isfinite(norm):
-            self._stop_if_broken(index + 1, [group.prompt_id for group in groups], what="gradient")
+            self._stop_if_broken(f"the gradient of step {index + 1}", batches, totals, everything=True)
+        self.done = index + 1
         self._remember(totals, len(groups))
         means = self._means(totals)
-        return {"step": index + 1, "learning_rate": self.config.learning_rate * factor, "gradient_norm": norm} | means
+        rate = self.config.learning_rate * factor
+        return {"step": index + 1, "learning_rate": rate, "gradient_norm": norm} | means | noted
 
     def _win_rate_slopes(self, groups: Sequence[PairGroup], batches: Sequence[Sequence[PairGroup]]) -> Tensor | None:
         """For win_rate_matching: how the loss changes with each pair's share of the win rates, times the step's pairs."""
@@ -265,15 +329,18 @@ class _Trainer:
 
     def _evaluate(self) -> CurveRecord:
         totals = Totals()
+        batches = self._share(self.data.held_out)
         with torch.no_grad():
-            for batch in self._share(self.data.held_out):
+            for batch in batches:
                 self._losses(batch, totals)
+        self._stop_if_broken(f"the loss on held-out pairs after step {self.done}", batches, totals)
         means = self._means(totals)
         return {f"eval_{key}": means[key] for key in EVALUATION_KEYS}
 
     def _record(self, record: CurveRecord) -> None:
         if self.rank.leads:
             append_curve(self.job.work_dir, record)
+            self.curve.append(record)
 
     def _checkpoint(self, step: int) -> None:
         kept = self.config.checkpoints_kept
@@ -281,36 +348,19 @@ class _Trainer:
         save_checkpoint(chain(memory, self.engine.state()), step, self.job.work_dir, kept=kept, writes=self.rank.leads)
         self.rank.barrier()
 
-    def _stop_if_broken(self, step: int, prompt_ids: list[str], *, what: str = "loss") -> None:
-        everywhere = sorted(set(self.rank.gather(prompt_ids)))
-        if everywhere:
-            raise TrainingError(
-                f"the {what} of step {step} is NaN or infinite; its {len(everywhere)} prompts are {', '.join(everywhere[:10])}"
-                f"{', ...' if len(everywhere) > 10 else ''}. Look at their responses, lower the learning rate, or use dtype='float32'"
-            )
+    def _keep_best(self) -> None:
+        """Keep the weights of the evaluation just made, beside those to which a checkpoint leads back."""
+        work_dir = self.job.work_dir
+        needed = bests_to_return_to(self.curve, checkpoint_steps(work_dir), self.config.best_metric)
+        weights = self.engine.state(moments=False)
+        save_best(weights, self.done, work_dir, needed=needed, writes=self.rank.leads)
+        self.rank.barrier()
 
-    def _outcome(self) -> TrainingOutcome:
-        curve = read_curve(self.job.work_dir)
-        trained = [record for record in curve if record["step"] > 0]
-        train_texts = [self.data.texts[text] for group in self.data.train for text in group.texts]
-        return TrainingOutcome(
-            model_dir=self.job.output_dir,
-            steps=len(self.steps),
-            ranks=self.rank.world_size,
-            train_pairs=sum(len(group.pairs) for group in self.data.train),
-            train_prompts=len(self.data.train),
-            held_out_pairs=sum(len(group.pairs) for group in self.data.held_out),
-            texts=len(train_texts),
-            tokens_trained=sum(record["tokens"] for record in trained),
-            tokens_if_pairwise=sum(_pairwise_tokens(group, self.data) for step in self.steps for group in step),
-            prompts_cut=sum(text.prompt_cut for text in train_texts),
-            responses_cut=sum(text.response_cut for text in train_texts),
-            margin_scale=self.scale,
-            first_loss=trained[0]["loss"],
-            last_loss=trained[-1]["loss"],
-            evaluation_before=_evaluation(curve[0]),
-            evaluation_after=_evaluation(curve[-1]),
-        )
+    def _stop_if_broken(
+        self, what: str, batches: Sequence[Sequence[PairGroup]], totals: Totals, *, everything: bool = False
+    ) -> None:
+        file = broken_file(self.job.work_dir, self.done + 1)
+        stop_if_broken(what, batches, totals, self.data, self.rank, file, everything=everything)
 
 
 def _read_table(path: Path, name: str) -> pl.DataFrame:
@@ -341,13 +391,3 @@ def _pair_positions(batch: Sequence[PairGroup], places: Mapping[int, int]) -> tu
         [places[rejected] for _, rejected in pairs],
         [row for group in batch for row in group.rows],
     )
-
-
-def _pairwise_tokens(group: PairGroup, data: TrainingData) -> int:
-    return sum(data.lengths[group.texts[side]] for pair in group.pairs for side in pair)
-
-
-def _evaluation(record: CurveRecord) -> dict[str, float] | None:
-    if "eval_loss" not in record:
-        return None
-    return {key: record[f"eval_{key}"] for key in EVALUATION_KEYS}

@@ -21,7 +21,7 @@ FINISHED = "finished.json"
 IDENTITY = "identity.json"
 CHECKPOINTS = "checkpoints"
 
-# These decide how fast, not what is learnt: a job may go on with other values.
+# These decide how fast, or when to give up, not what is learnt: a job may go on with other values.
 NOT_IDENTITY = {
     "ranks",
     "threads_per_rank",
@@ -30,6 +30,11 @@ NOT_IDENTITY = {
     "gradient_checkpointing",
     "checkpoint_every_steps",
     "checkpoints_kept",
+    "offload",
+    "nvme_path",
+    "raw_scores_of",
+    "score_spread_floor",
+    "below_spread_floor",
 }
 
 
@@ -45,7 +50,7 @@ def identity(job: TrainingJob) -> dict[str, object]:
     """What a training job learns from what, as JSON-able data; two jobs with the same identity may share checkpoints."""
     return {
         "model": job.model.settings(exclude={"batch_tokens"}),
-        "config": job.config.model_dump(mode="json", exclude=NOT_IDENTITY),
+        "config": job.config.settings(exclude=NOT_IDENTITY),
         "pairs_sha256": _digest(job.pairs_path),
         "ratings_sha256": _digest(job.ratings_path) if job.ratings_path else None,
     }
@@ -115,6 +120,21 @@ def checkpoint_folder(work_dir: Path, step: int) -> Path:
     return work_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
+def best_steps(work_dir: Path) -> list[int]:
+    """Steps of the evaluations whose weights are kept because they were the best of their time, oldest first."""
+    return sorted(int(path.name.removeprefix("best-")) for path in (work_dir / CHECKPOINTS).glob("best-*"))
+
+
+def best_folder(work_dir: Path, step: int) -> Path:
+    """Where the weights of the best evaluation lie."""
+    return work_dir / CHECKPOINTS / f"best-{step:08d}"
+
+
+def broken_file(work_dir: Path, step: int) -> Path:
+    """Where the pairs of a step that could not go on are kept."""
+    return work_dir / f"broken-step-{step:08d}.parquet"
+
+
 def rewind(work_dir: Path) -> int:
     """Cut the curve back to the last checkpoint and clear what a dead process left; returns the checkpoint's step or 0."""
     steps = checkpoint_steps(work_dir)
@@ -125,6 +145,8 @@ def rewind(work_dir: Path) -> int:
     (work_dir / FINISHED).unlink(missing_ok=True)
     for leftover in (work_dir / CHECKPOINTS).glob("partial-*"):
         shutil.rmtree(leftover)
+    for broken in work_dir.glob("broken-step-*.parquet"):
+        broken.unlink()
     return step
 
 

@@ -70,6 +70,30 @@ def test_steps_take_whole_prompts_every_epoch_once(sizes, pairs_per_step, epochs
     assert steps == plan_steps(groups, config)
 
 
+@given(
+    st.lists(st.lists(st.integers(1, 30), min_size=2, max_size=5), min_size=1, max_size=15), st.integers(1, 90), st.integers(0, 9)
+)  # fmt: skip
+def test_steps_are_cut_by_tokens_if_asked(lengths, tokens_per_step, seed):
+    groups = groups_of([len(texts) for texts in lengths])
+    counts = [count for texts in lengths for count in texts]
+    config = TrainingConfig(tokens_per_step=tokens_per_step, pairs_per_step=1, seed=seed)
+    steps = plan_steps(groups, config, counts)
+    assert sorted(group.prompt_id for step in steps for group in step) == sorted(group.prompt_id for group in groups)
+    tokens = [sum(counts[text] for group in step for text in group.texts) for step in steps]
+    assert all(len(step) == 1 or size <= tokens_per_step for step, size in zip(steps, tokens, strict=True))
+    # as many as the limit makes necessary where every prompt is small
+    if max(sum(texts) for texts in lengths) * len(lengths) <= tokens_per_step:
+        assert len(steps) == 1
+
+
+def test_steps_of_as_many_tokens_have_different_numbers_of_pairs():
+    groups = groups_of([2, 2, 2, 2, 2, 2])
+    counts = [40, 40, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10]
+    steps = plan_steps(groups, TrainingConfig(tokens_per_step=80), counts)
+    assert ["p0"] in [[group.prompt_id for group in step] for step in steps]
+    assert max(len(step) for step in steps) > 1
+
+
 def test_the_learning_rate_warms_up_and_decays_and_never_wastes_a_step():
     config = TrainingConfig(warmup_ratio=0.2, schedule="cosine")
     factors = [learning_rate_factor(step, 10, config) for step in range(10)]

@@ -76,7 +76,7 @@ def naive_losses(job):
             return classifier.score(classifier.model(**inputs).last_hidden_state[0, -1])[0]
         return classifier(**inputs, token_type_ids=torch.tensor([text.token_type_ids])).logits[0, 0]
 
-    steps = plan_steps(data.train, job.config)
+    steps = plan_steps(data.train, job.config, data.lengths)
     found = []
     for number, step in enumerate(steps):
         each = [
@@ -125,6 +125,15 @@ def test_how_a_step_is_cut_up_does_not_change_the_curve(job_of, changes):
     _, expected = run(job_of("plain"))
     _, found = run(job_of("cut", **changes))
     assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
+
+
+def test_a_step_of_so_many_tokens_has_the_mean_loss_of_its_pairs(job_of):
+    job = job_of(tokens_per_step=120, epochs=1.5)
+    outcome, curve = run(job)
+    assert {record["tokens"] <= 120 for record in curve[1:]} == {True}
+    assert len({record["pairs"] for record in curve[1:]}) > 1
+    assert outcome.steps == len(curve) - 1
+    assert losses(curve) == pytest.approx(naive_losses(job), abs=2e-5)
 
 
 def test_the_same_job_twice_gives_the_same_bytes(job_of):

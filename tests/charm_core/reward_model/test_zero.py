@@ -3,7 +3,6 @@
 import random
 import shutil
 
-import psutil
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.training import train
 from charm_core.reward_model.workdir import checkpoint_steps, read_curve
 from tasks.launching import run_training
+from tests.charm_core.reward_model.killing import kill_a_rank_at
 from tests.charm_core.reward_model.tiny import pairs_table, save_model
 
 STEPS = 36
@@ -76,21 +76,6 @@ def assert_same_curve(found, expected, tolerance):
             [r.get(key) for r in expected[1:]], rel=tolerance, abs=tolerance
         )
     assert found[0] == pytest.approx(expected[0], abs=tolerance)
-
-
-def kill_a_rank_at(step, rank):
-    """A callback that kills one rank with SIGKILL once a step is done."""
-
-    def on_step(record):
-        ranks = [
-            child
-            for child in psutil.Process().children(recursive=True)
-            if "charm_core.reward_model.worker" in child.cmdline() and "torch.distributed.run" not in child.cmdline()
-        ]
-        if record["step"] == step and ranks:
-            ranks[min(rank, len(ranks) - 1)].kill()
-
-    return on_step
 
 
 @pytest.fixture(scope="module")

@@ -175,3 +175,16 @@ def _pair_row(prompt_id: str, split: str, prompt: list[dict[str, str]], better: 
         "margin": better[0] - worse[0],
         "flipped": False,
     }
+
+
+def held_out_margin(folder: Path, job: Any) -> float:
+    """Mean score of chosen minus rejected over a training job's held-out pairs, by scoring with the model in a folder."""
+    from charm_core.reward_model.loading import load_reward_model
+    from charm_core.reward_model.plan import prepare
+    from charm_core.reward_model.scoring import score_texts
+
+    model = load_reward_model(job.model.saved_at(str(folder)))
+    data = prepare(pl.read_parquet(job.pairs_path), model.tokenizer, model.spec)
+    scores = score_texts(model, list(data.texts))
+    margins = [scores[group.texts[c]] - scores[group.texts[r]] for group in data.held_out for c, r in group.pairs]
+    return float(sum(margins) / len(margins))

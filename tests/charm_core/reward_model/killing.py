@@ -1,0 +1,21 @@
+"""Ranks that are killed with SIGKILL in the middle of a training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+
+def kill_a_rank_at(step: int, rank: int) -> Callable[[dict[str, Any]], None]:
+    """A callback that kills one rank with SIGKILL once a step is done."""
+
+    def on_step(record: dict[str, Any]) -> None:
+        ranks = [
+            child
+            for child in psutil.Process().children(recursive=True)
+            if "charm_core.reward_model.worker" in child.cmdline() and "torch.distributed.run" not in child.cmdline()
+        ]
+        if record["step"] == step and ranks:
+            ranks[min(rank, len(ranks) - 1)].kill()
+
+    return on_step
