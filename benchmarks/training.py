@@ -294,6 +294,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--shared", type=Path, default=CHECKOUT.parent / "shared", help="folder of the real responses")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
     real = (arguments.shared / RESPONSES).exists()
     print(f"{machine()}; {arguments.dtype}; best of {arguments.repeat}; {arguments.pairs_per_step} pairs a step")
     print(
