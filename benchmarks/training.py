@@ -265,6 +265,10 @@ def compare(name: str, kind: str, arguments: argparse.Namespace, folder: Path) -
     for _ in range(arguments.repeat):
         for way, train in ways.items():
             runs[way].append(timed(train))
+            print(
+                f"  {way}: steps of {', '.join(f'{seconds:.2f}' for seconds in runs[way][-1].seconds)} s",
+                file=sys.stderr,
+            )
     check_same_loss(runs, exact=arguments.dtype == "float32")
     print_table(f"{name}, {kind} pairs of {models} policy models", runs, steps, work_of(model_dir), "TRL")
 
