@@ -8,10 +8,10 @@ nothing is printed; ``apart`` is the largest difference from TRL's loss in any s
 
 ``disjoint``: two policy models per prompt, one pair. ``all``: each of ``--policy-models`` with each. Responses are those of
 ``--shared``/data, drawn with a seed, cut to ``--max-length`` tokens; without that folder, words without sense, as many as real texts have
-tokens. Tokens per second count both texts of every pair, without padding, for all alike. Step 1 warms up and is not timed. Memory is the
-largest sum of resident memory over all processes of a training, on a GPU what it holds there. MFU: arithmetic that the model needs for the
-tokens that went through it, without padding and recomputation, beside what the GPU is said to do in bfloat16; on CPU it is given in
-Gflop/s.
+tokens. Tokens per second count both texts of every pair, without padding, for all alike. Step 1 warms up and is not timed. On a busy
+machine only CPU seconds say something, and best those of one thread (``--threads 1``). Memory is the largest sum of resident memory over
+all processes of a training, on a GPU what it holds there. MFU: arithmetic that the model needs for the tokens that went through it,
+without padding and recomputation, beside what the GPU is said to do in bfloat16; on CPU it is given in Gflop/s.
 
 On a GPU: ``--model 8b --layers 8 --dtype bfloat16 --max-length 2048 --pairs-per-step 48`` (float32 master weights and Adam moments of all
 32 layers do not fit on one).
@@ -23,13 +23,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Any, Self
 
 import polars as pl
 import psutil
@@ -71,6 +72,11 @@ class Timed:
         """Of every step but the first."""
         return [after - before for before, after in pairwise(self.course.ends)]
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all steps but the first."""
+        return self.course.cpu[-1] - self.course.cpu[0]
+
 
 class PeakMemory:
     """The most memory that the processes below this one hold together while it is open."""
@@ -103,22 +109,29 @@ def _gpu_bytes() -> int:
 
 
 def _resident_bytes() -> int:
-    resident = 0
+    return sum(_of_children(lambda process: process.memory_info().rss))
+
+
+def _cpu_seconds() -> float:
+    times = _of_children(psutil.Process.cpu_times)
+    return sum(each.user + each.system for each in times)
+
+
+def _of_children(ask: Callable[[psutil.Process], Any]) -> Iterator[Any]:
+    """What the processes below this one answer, those that end meanwhile left out."""
     for process in psutil.Process().children(recursive=True):
-        try:
-            resident += process.memory_info().rss
-        except psutil.NoSuchProcess:  # it ended meanwhile
-            continue
-    return resident
+        with suppress(psutil.NoSuchProcess):
+            yield ask(process)
 
 
 def ours(model: RewardModelSpec, pairs: Path, config: TrainingConfig) -> Course:
     """Train as the pipeline does."""
-    course = Course(losses=[], ends=[], tokens=[])
+    course = Course(losses=[], ends=[], cpu=[], tokens=[])
 
     def note(record: CurveRecord) -> None:
         course.losses.append(record["loss"])
         course.ends.append(time.perf_counter())
+        course.cpu.append(_cpu_seconds())
         course.tokens.append(record["tokens"])
 
     with TemporaryDirectory() as folder:
@@ -128,7 +141,13 @@ def ours(model: RewardModelSpec, pairs: Path, config: TrainingConfig) -> Course:
 
 
 def peer(
-    name: str, model: RewardModelSpec, steps: Sequence[Sequence[Pair]], config: TrainingConfig, micro_batch_pairs: int
+    name: str,
+    model: RewardModelSpec,
+    steps: Sequence[Sequence[Pair]],
+    config: TrainingConfig,
+    *,
+    micro_batch_pairs: int,
+    threads: int,
 ) -> Course:
     """Train as others do, in the environment that our workers get."""
     with TemporaryDirectory() as folder:
@@ -149,7 +168,7 @@ def peer(
         environment = {
             **os.environ,
             **({} if torch.cuda.is_available() else ALLOCATOR),
-            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
         }
         command = [sys.executable, "-m", "benchmarks.training_peers", str(file)]
@@ -182,23 +201,46 @@ def print_table(
     speeds = {name: sorted(tokens / sum(run.seconds) for run in timings) for name, timings in runs.items()}
     fastest = max((name for name in runs if name.startswith(baseline)), key=lambda name: speeds[name][-1])
     reference = runs[fastest][0].course.losses
+    cheapest = min(run.cpu_seconds for name, timings in runs.items() if name.startswith(baseline) for run in timings)
     per_token = work.per_token([length for step in lengths for length in step])
     print(
         f"\n{title}: {tokens:,} tokens in {len(lengths) - 1} timed steps, {tokens / sum(map(len, lengths[1:])):.0f} a text"
     )
-    head = f"{'':34}{'tokens/s':>9}{'slowest':>9}{'ratio':>7}{'s/step':>8}{'from-to':>13}{'peak, MB':>10}"
-    print(f"{head}{_arithmetic_name():>9}{'loss 1':>9}{'loss n':>9}{'apart':>9}")
+    columns = [
+        "tokens/s",
+        "slowest",
+        "ratio",
+        "s/step",
+        "from-to",
+        "CPU s/step",
+        "CPU ratio",
+        "peak, MB",
+        _arithmetic_name(),
+    ]
+    print(_row("", [*columns, "loss 1", "loss n", "apart"]))
     for name, timings in runs.items():
         best = min(timings, key=lambda run: sum(run.seconds))
-        spread = f"{min(best.seconds):.2f}-{max(best.seconds):.2f}"
-        computed = sum(best.course.tokens[1:]) * per_token / sum(best.seconds)
-        losses = best.course.losses
-        apart = max(abs(ours - theirs) for ours, theirs in zip(losses, reference, strict=True))
-        print(
-            f"{name:34}{speeds[name][-1]:9,.0f}{speeds[name][0]:9,.0f}{speeds[name][-1] / speeds[fastest][-1]:7.2f}"
-            f"{sum(best.seconds) / len(best.seconds):8.2f}{spread:>13}{max(run.peak_bytes for run in timings) / 2**20:10,.0f}"
-            f"{_arithmetic(computed):>9}{losses[0]:9.5f}{losses[-1]:9.5f}{apart:9.1e}"
-        )
+        seconds, count, losses = sum(best.seconds), len(best.seconds), best.course.losses
+        cells = [
+            f"{speeds[name][-1]:,.0f}",
+            f"{speeds[name][0]:,.0f}",
+            f"{speeds[name][-1] / speeds[fastest][-1]:.2f}",
+            f"{seconds / count:.2f}",
+            f"{min(best.seconds):.2f}-{max(best.seconds):.2f}",
+            f"{best.cpu_seconds / count:.2f}",
+            f"{cheapest / best.cpu_seconds:.2f}",
+            f"{max(run.peak_bytes for run in timings) / 2**20:,.0f}",
+            _arithmetic(sum(best.course.tokens[1:]) * per_token / seconds),
+            f"{losses[0]:.5f}",
+            f"{losses[-1]:.5f}",
+            f"{max(abs(one - other) for one, other in zip(losses, reference, strict=True)):.1e}",
+        ]
+        print(_row(name, cells))
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    widths = (9, 9, 7, 8, 13, 11, 11, 10, 9, 9, 9, 9)
+    return f"{name:34}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def _peak_flops() -> float | None:
@@ -248,17 +290,18 @@ def compare(name: str, kind: str, arguments: argparse.Namespace, folder: Path) -
         dtype=arguments.dtype,
         gradient_checkpointing=arguments.gradient_checkpointing,
         zero_stage=None,
+        threads_per_rank=arguments.threads,
         checkpoint_every_steps=10**6,
     )
-    zero = plain.model_copy(update={"zero_stage": 3})
+    zero = plain.model_copy(update={"zero_stage": 3, "threads_per_rank": max(1, arguments.threads // 2)})
     steps = planned_batches(pairs, spec, plain)
-    ways: dict[str, Callable[[], Course]] = {
-        f"TRL, {count} pairs a pass": partial(peer, "trl", spec, steps, plain, count) for count in arguments.trl_pairs
-    }
-    ways |= {
-        f"Trainer script, {count} pairs a pass": partial(peer, "script", spec, steps, plain, count)
-        for count in arguments.script_pairs
-    }
+    ways: dict[str, Callable[[], Course]] = {}
+    for peer_name, label, counts in (
+        ("trl", "TRL", arguments.trl_pairs),
+        ("script", "Trainer script", arguments.script_pairs),
+    ):
+        fed = partial(peer, peer_name, spec, steps, plain, threads=arguments.threads)
+        ways |= {f"{label}, {count} pairs a pass": partial(fed, micro_batch_pairs=count) for count in counts}
     ways["ours"] = partial(ours, spec, pairs_file, plain)
     ways["ours, ZeRO-3, all GPUs or 2 ranks"] = partial(ours, spec, pairs_file, zero)
     runs: dict[str, list[Timed]] = {way: [] for way in ways}
@@ -294,6 +337,9 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=TrainingConfig().micro_batch_tokens, help="ours")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the only rank; of two, half each"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--shared", type=Path, default=CHECKOUT.parent / "shared", help="folder of the real responses")

@@ -46,6 +46,8 @@ class Course(BaseModel):
     losses: list[float]
     ends: list[float]
     """When each step ended, in seconds."""
+    cpu: list[float]
+    """CPU seconds of the training's processes until then."""
     tokens: list[int]
     """What went through the model, without padding."""
 
@@ -56,10 +58,12 @@ class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.ends: list[float] = []
+        self.cpu: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Take the time."""
         self.ends.append(time.perf_counter())
+        self.cpu.append(time.process_time())
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         """Take the loss of the step; the last log, of the whole training, has none."""
@@ -167,7 +171,7 @@ def main(job_file: Path) -> None:
     trainer.add_callback(watch)
     trainer.train()
     tokens = [sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in step) for step in job.steps]
-    course = Course(losses=watch.losses, ends=watch.ends, tokens=tokens)
+    course = Course(losses=watch.losses, ends=watch.ends, cpu=watch.cpu, tokens=tokens)
     job_file.with_suffix(".course.json").write_text(course.model_dump_json())
 
 
