@@ -67,7 +67,7 @@ class PlainEngine:
 
     def __init__(self, network: TrainableNetwork, config: TrainingConfig) -> None:
         self._network = network
-        self._optimizer = torch.optim.AdamW(parameter_groups(network, config), betas=config.adam_betas)
+        self._optimizer = torch.optim.AdamW(parameter_groups(network, config), betas=config.adam_betas, fused=True)
         self._max_grad_norm = config.max_grad_norm
 
     def score(self, batch: Mapping[str, Any]) -> Tensor:
@@ -100,7 +100,7 @@ class PlainEngine:
         """Set Adam's moments and step count."""
         for name, parameter in _trained(self._network):
             state = {moment: moments[name, moment].to(parameter.device) for moment in MOMENTS}
-            self._optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **state}
 
 
 class ZeroEngine:
@@ -111,7 +111,7 @@ class ZeroEngine:
 
         self.world_size = world_size
         groups = parameter_groups(network, config)
-        optimizer = torch.optim.AdamW(groups, betas=config.adam_betas)
+        optimizer = torch.optim.AdamW(groups, betas=config.adam_betas, fused=True)
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
@@ -184,7 +184,7 @@ class ZeroEngine:
             if on_disk:
                 zero._optimizer_states_and_gradient_swap_in(number)
             zeros = {moment: torch.zeros_like(weights.data) for moment in MOMENTS}
-            self._base.state[weights] = {"step": torch.tensor(0.0), **zeros}
+            self._base.state[weights] = {"step": torch.tensor(0.0, device=weights.device), **zeros}
             if on_disk:
                 zero._optimizer_states_and_gradient_swap_out(number)
         if self._stage in (1, 2):

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from charm_core.errors import TrainingError
 from charm_core.reward_model.attention import PACKED, Layout
+from charm_core.reward_model.heads.catalogue import KINDS
 from charm_core.reward_model.packing import PrefixGroup, Segment, lay_out
 from charm_core.reward_model.rendering import Rendered
 
@@ -126,9 +127,8 @@ def trainable(network: RewardNetwork, path: str) -> TrainableNetwork:
         TrainingError: It cannot.
     """
     if not isinstance(network, TrainableNetwork):
-        raise TrainingError(
-            f"the reward model {path!r} is of a kind that cannot be fine-tuned; classifiers, GRM value heads and LoRA adapters can"
-        )
+        kinds = ", ".join(f"{name} ({kind.about})" for name, kind in KINDS.items() if kind.trainable)
+        raise TrainingError(f"the reward model {path!r} is of a kind that cannot be fine-tuned; these can: {kinds}")
     return network
 
 
