@@ -18,7 +18,7 @@ from torch import Tensor
 
 from charm_core.errors import ConfigError, TableError, TrainingError
 from charm_core.reward_model.adapters import add_adapters
-from charm_core.reward_model.batching import Cost, PairGroup, packed_cost, padded_cost, share_out
+from charm_core.reward_model.batching import PairGroup
 from charm_core.reward_model.broken_steps import stop_if_broken
 from charm_core.reward_model.checkpoints import load_best, load_checkpoint, save_best, save_checkpoint
 from charm_core.reward_model.engines import WEIGHT, Engine, PlainEngine, ZeroEngine
@@ -26,9 +26,9 @@ from charm_core.reward_model.first_step import compare_with_raw_scores, predicte
 from charm_core.reward_model.jobs import CurveRecord, TrainingJob, TrainingOutcome
 from charm_core.reward_model.loading import arithmetic_dtype, load_reward_model
 from charm_core.reward_model.losses import PairTargets, pair_losses, root_mean_square
+from charm_core.reward_model.micro_batches import MicroBatches
 from charm_core.reward_model.network import TrainableNetwork, checkpoint_gradients, freeze, trainable
 from charm_core.reward_model.outcomes import EVALUATION_KEYS, training_outcome
-from charm_core.reward_model.packing import PrefixGroup
 from charm_core.reward_model.plan import learning_rate_factor, plan_steps, prepare
 from charm_core.reward_model.ranks import Rank, Totals
 from charm_core.reward_model.saving import save_model
@@ -40,7 +40,6 @@ from charm_core.reward_model.stopping import (
     is_out_of_patience,
     spread_left,
 )
-from charm_core.reward_model.text_scoring import choose_batching, groups_of, inputs_of
 from charm_core.reward_model.win_rates import WinRateTargets
 from charm_core.reward_model.workdir import (
     append_curve,
@@ -101,12 +100,11 @@ class _Trainer:
         self.pairs = validate(_read_table(job.pairs_path, "pairs"), PAIRS)
         self.data = prepare(self.pairs, self.model.tokenizer, self.model.spec)
         check_can_evaluate(self.config, sum(len(group.pairs) for group in self.data.held_out))
-        self._choose_batching()
+        self.micro_batches = MicroBatches(self.model, self.data)
         self.steps = plan_steps(self.data.train, self.config, self.data.lengths)
         rows = [row for group in self.data.train for row in group.rows]
         self.win_rates = _win_rate_targets(job, self.pairs)
         self.scale = self.config.margin_scale or root_mean_square(torch.tensor(self.data.margins[rows]))
-        self.filler = self.data.lengths.index(min(self.data.lengths))
         stored = load_checkpoint(job.work_dir, self.done) if self.done else {}
         self.remembered = self._first_memory(stored)
         self.engine = self._make_engine(trainable(self.model.network, job.model.path), stored)
@@ -166,20 +164,6 @@ class _Trainer:
             mark_finished(self.job, outcome)
         self.rank.barrier()
         return outcome
-
-    def _choose_batching(self) -> None:
-        """Pack rows if the model can, as in scoring; what the responses to a prompt share is found once for all steps."""
-        groups = [*self.data.train, *self.data.held_out]
-        owner = {text: group.prompt_id for group in groups for text in group.texts}
-        owners = [owner[text] for text in range(len(self.data.texts))]
-        self.model, check = choose_batching(self.model, self.data.texts, owners)
-        self.prefixes: dict[str, list[PrefixGroup]] = {group.prompt_id: [] for group in groups}
-        for prefix in groups_of(self.model, self.data.texts, owners):
-            self.prefixes[owners[prefix.texts[0]]].append(prefix)
-        self.cost: Cost = (
-            packed_cost(self.prefixes, self.data.lengths) if self.model.packed else padded_cost(self.data.lengths)
-        )
-        logger.info("texts are %s", "packed" if check.refusal is None else f"padded: {check.refusal}")
 
     def _weights_after(self, step: int) -> dict[str, Tensor]:
         """What was trained as it was after a step, on the leading rank; all ranks take part."""
@@ -300,12 +284,10 @@ class _Trainer:
 
     def _losses(self, batch: Sequence[PairGroup], totals: Totals, slopes: Tensor | None = None) -> Tensor:
         """Losses of the pairs of one micro-batch. An empty one goes through the model all the same, with weight 0."""
-        prefixes = [prefix for group in batch for prefix in self.prefixes[group.prompt_id]]
-        filler = PrefixGroup(texts=(self.filler,), shared=0)
-        scores = self.engine.score(inputs_of(self.model, prefixes or [filler], self.data.texts))
+        inputs, texts = self.micro_batches.inputs(batch)
+        scores = self.engine.score(inputs)
         if not batch:
             return 0.0 * scores
-        texts = [text for prefix in prefixes for text in prefix.texts]
         chosen, rejected, rows = _pair_positions(batch, {text: place for place, text in enumerate(texts)})
         targets = PairTargets(
             margin=torch.tensor(self.data.margins[rows], dtype=torch.float32, device=scores.device),
@@ -324,8 +306,8 @@ class _Trainer:
         return losses + self.win_rates.linear_losses(wins, rows, slopes)
 
     def _share(self, groups: Sequence[PairGroup]) -> list[list[PairGroup]]:
-        budget = self.config.micro_batch_tokens
-        return share_out(groups, self.cost, ranks=self.rank.world_size, budget=budget)[self.rank.number]
+        ranks, budget = self.rank.world_size, self.config.micro_batch_tokens
+        return self.micro_batches.share(groups, ranks=ranks, budget=budget)[self.rank.number]
 
     def _evaluate(self) -> CurveRecord:
         totals = Totals()
