@@ -193,6 +193,7 @@ def _scoring_notes(summary: ScoringSummary) -> ScoringNotes:
         texts=summary.texts,
         prompts_cut=summary.prompts_cut,
         responses_cut=summary.responses_cut,
+        batch_drift=summary.batch_drift,
         max_length=summary.max_length,
     )
 

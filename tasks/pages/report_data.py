@@ -53,6 +53,7 @@ class ScoringNotes(Record):
     texts: int
     prompts_cut: int = 0
     responses_cut: int = 0
+    batch_drift: float | None = None
     max_length: int | None = None
 
 

@@ -127,6 +127,18 @@ def test_how_a_step_is_cut_up_does_not_change_the_curve(job_of, changes):
     assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "bert"])
+def test_packed_rows_give_the_curve_of_padded_batches(job_of, architecture):
+    packed = job_of("packed", architecture=architecture, epochs=2)
+    padded = job_of("padded", architecture=architecture, epochs=2)
+    padded = padded.model_copy(update={"model": padded.model.model_copy(update={"batching": "padded"})})
+    _, found = run(packed)
+    _, expected = run(padded)
+    assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
+    norms = [[record.get("gradient_norm", 0) for record in curve] for curve in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 def test_a_step_of_so_many_tokens_has_the_mean_loss_of_its_pairs(job_of):
     job = job_of(tokens_per_step=120, epochs=1.5)
     outcome, curve = run(job)
