@@ -1,7 +1,9 @@
 """One job, run undisturbed once; every test starts from what that left."""
 
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +16,10 @@ from charm_core.responses import SplitConfig
 from charm_core.reward_model.spec import TrainingConfig
 from charm_core.simulation import HELD_OUT_WRITERS, SimulationConfig
 from flows.runs import CalibrationRun
-from tasks.ledger import Ledger
+from tasks.ledger import Ledger, last_ledger
 from tasks.simulation import SimulatedWorld
-from tests.faults.night import NAME, Night, copy_code, servers, write_settings
+from tasks.store import ArtifactStore
+from tests.faults.night import NAME, TITLE, Night, copy_code, servers, write_settings
 
 JOB = CalibrationRun(
     name=NAME,
@@ -48,18 +51,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def whole_night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Night, Ledger]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where everything lies. In the folder ``CHARM_TEST_NIGHT``, if that is set, the undisturbed run stays for the next session.
+
+    That is for a suite that is run in pieces, one at a time; remove the folder when the code has changed.
+    """
+    if "CHARM_TEST_NIGHT" not in os.environ:
+        return tmp_path_factory.mktemp("night")
+    kept = Path(os.environ["CHARM_TEST_NIGHT"])
+    for name in ("code", "tmp", "flags"):
+        shutil.rmtree(kept / name, ignore_errors=True)
+    kept.mkdir(parents=True, exist_ok=True)
+    return kept
+
+
+@pytest.fixture(scope="session")
+def whole_night(folder: Path) -> Iterator[tuple[Night, Ledger]]:
     """The servers, and what an undisturbed run came to."""
-    folder = tmp_path_factory.mktemp("night")
     copy_code(folder / "code")
     (folder / "tmp").mkdir()
     write_settings(folder / "run.toml", JOB)
+    pristine = folder / "pristine"
     for prefect, mlflow in servers(folder):
         night = Night(folder, prefect, mlflow, experiment="undisturbed")
         try:
-            night.finish()
-            ledger = night.ledger()
-            night.home.rename(folder / "pristine")
+            if not pristine.exists():
+                night.finish()
+                night.home.rename(pristine)
+            ledger = last_ledger(ArtifactStore(url=str(pristine / "store"), work_folder=str(pristine / "work")), TITLE)
+            assert ledger is not None
             yield night, ledger
         finally:
             night.clear_up()
@@ -71,7 +91,8 @@ def night(whole_night: tuple[Night, Ledger], request: pytest.FixtureRequest) -> 
     night, _ = whole_night
     shutil.rmtree(night.home, ignore_errors=True)
     shutil.copytree(night.folder / "pristine" / "store", night.home / "store")
-    night.experiment = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:60]
+    # a test that is repeated on a kept folder has an experiment of its own all the same
+    night.experiment = f"{re.sub(r'[^a-z0-9]+', '-', request.node.name.lower())[:60]}-{time.time_ns()}"
     try:
         yield night
     finally:

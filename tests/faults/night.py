@@ -343,7 +343,8 @@ def servers(folder: Path) -> Iterator[tuple[Server, Server]]:
         ],
         f"http://127.0.0.1:{ports[1]}/health",
         folder / "mlflow.log",
-        {**plain, **quiet},
+        # its seven processes for jobs of its own take longer to start than itself
+        {**plain, **quiet, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     )  # fmt: skip
     try:
         prefect.start()

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from charm_core.errors import ArtifactError, TrainingError
-from charm_core.reward_model.engines import parameter_groups
+from charm_core.reward_model.engines import deepspeed_config, parameter_groups
 from charm_core.reward_model.jobs import TrainingJob
 from charm_core.reward_model.loading import load_reward_model
 from charm_core.reward_model.plan import learning_rate_factor, plan_steps, prepare
@@ -250,6 +250,20 @@ def test_the_head_may_learn_at_its_own_rate(models):
     ]
     assert [parameter.shape for group in groups[2:] for parameter in group["params"]] == [(1, 32), (1,)]
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
+
+
+def test_deepspeed_is_told_what_is_kept_where(models):
+    network = load_reward_model(RewardModelSpec(path=str(models["bert"]))).network
+    parts = ("offload_optimizer", "offload_param")
+
+    def places(**settings):
+        zero = deepspeed_config(network, TrainingConfig(**settings), 2)["zero_optimization"]
+        return [zero.get(part, {}).get("device") for part in parts], zero.get(parts[0], {}).get("nvme_path")
+
+    assert places() == ([None, None], None)
+    assert places(offload="cpu", zero_stage=2) == (["cpu", None], None)
+    assert places(offload="cpu", zero_stage=3) == (["cpu", "cpu"], None)
+    assert places(offload="nvme", nvme_path="/disk") == (["nvme", "nvme"], "/disk")
 
 
 def test_bfloat16_arithmetic_stays_close(job_of):
