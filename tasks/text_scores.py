@@ -21,11 +21,11 @@ from charm_core.errors import ArtifactError
 from charm_core.reward_model.jobs import ScoringJob
 from charm_core.tables import PROMPTS, RESPONSES, SCORES, TableSchema, validate
 from tasks.caching import step
-from tasks.launching import run_scoring
 from tasks.progress import Progress
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
 from tasks.scoring import RewardModelRef
+from tasks.scoring_launch import run_scoring
 from tasks.store import ArtifactRef, ArtifactStore
 
 logger = logging.getLogger(__name__)

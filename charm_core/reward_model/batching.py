@@ -37,6 +37,25 @@ def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]
     return batches
 
 
+def deal_out(sizes: Sequence[int], shares: int) -> list[list[int]]:
+    """Deal work out evenly: the largest piece first, each to the share that has least so far.
+
+    Args:
+        sizes: Work per piece, in any unit.
+        shares: Number of shares.
+
+    Returns:
+        Per share, the indices of its pieces, largest first; every index exactly once. Equal pieces keep their order.
+    """
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    loads = [0] * shares
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        lightest = loads.index(min(loads))
+        dealt[lightest].append(index)
+        loads[lightest] += sizes[index]
+    return dealt
+
+
 def share_out(
     groups: Sequence[PairGroup], lengths: Sequence[int], *, ranks: int, budget: int
 ) -> list[list[list[PairGroup]]]:
@@ -59,12 +78,8 @@ def share_out(
     def tokens(group: PairGroup) -> int:
         return sum(lengths[text] for text in group.texts)
 
-    shares: list[list[PairGroup]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for group in sorted(groups, key=tokens, reverse=True):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(group)
-        loads[lightest] += tokens(group)
+    dealt_out = deal_out([tokens(group) for group in groups], ranks)
+    shares = [[groups[index] for index in share] for share in dealt_out]
     dealt = [_micro_batches(share, lengths, budget) for share in shares]
     most = max(len(batches) for batches in dealt)
     return [batches + [[] for _ in range(most - len(batches))] for batches in dealt]

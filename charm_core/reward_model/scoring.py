@@ -7,8 +7,6 @@ score of a text moves by less than 1e-5 with the batch that it is in.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
-from math import comb
 
 import polars as pl
 import torch
@@ -19,6 +17,7 @@ from charm_core.reward_model.jobs import ScoringSummary
 from charm_core.reward_model.loading import RewardModel, load_reward_model
 from charm_core.reward_model.network import collate
 from charm_core.reward_model.rendering import Rendered, render
+from charm_core.reward_model.scoring_shares import ties
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.tables import PROMPTS, RESPONSES, SCORES, validate
 
@@ -132,7 +131,7 @@ def _summary(
     lengths = [len(text.input_ids) for text in distinct]
     batches = token_budget_batches(lengths, spec.batch_tokens)
     padded = sum(len(batch) * lengths[batch[0]] for batch in batches)
-    tie_rate, smallest_gap = _ties(scores)
+    tie_rate, smallest_gap = ties(scores)
     return ScoringSummary(
         texts=len(rendered),
         distinct_texts=len(distinct),
@@ -146,15 +145,3 @@ def _summary(
         tie_rate=tie_rate,
         smallest_gap=smallest_gap,
     )
-
-
-def _ties(scores: pl.DataFrame) -> tuple[float | None, float | None]:
-    """Share of equal scores among all pairs of responses to one prompt, and the smallest gap that is not 0."""
-    ties = pairs = 0
-    smallest: float | None = None
-    for values in scores.group_by("prompt_id", maintain_order=True).agg(pl.col("score").sort())["score"].to_list():
-        pairs += comb(len(values), 2)
-        ties += sum(comb(len(list(same)), 2) for _, same in groupby(values))
-        gaps = [high - low for low, high in pairwise(values) if high > low]
-        smallest = min([gap for gap in (smallest, *gaps) if gap is not None], default=None)
-    return (ties / pairs if pairs else None), smallest
