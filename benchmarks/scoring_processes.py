@@ -19,7 +19,8 @@ from charm_core.reward_model.jobs import ScoringJob
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.tables import PROMPTS, RESPONSES
 from tasks import scoring_launch
-from tasks.scoring_launch import ScoringProcesses, run_scoring, use_scoring_processes
+from tasks.scoring_launch import run_scoring
+from tasks.scoring_settings import ScoringProcesses, ScoringSettings, use_scoring
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CELL = ["prompt_id", "policy_model"]
@@ -41,7 +42,7 @@ def texts(source: Path, count: int) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 def measure(job: ScoringJob, processes: int) -> tuple[float, pl.DataFrame]:
     """Seconds, and SCORES."""
-    with use_scoring_processes(ScoringProcesses(processes=processes)):
+    with use_scoring(ScoringSettings(processes=ScoringProcesses(number=processes))):
         started = time.perf_counter()
         run_scoring(job)
         return time.perf_counter() - started, pl.read_parquet(job.scores_path)

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from charm_core.errors import ConfigError, ServiceError
 from tasks.addresses import shown_address
+from tasks.scoring_settings import RayCluster, ScoringProcesses, ScoringSettings
 from tasks.store import ArtifactStore
 from tasks.tracking import TrackingSettings
 
@@ -59,6 +60,27 @@ class RuntimeSettings(BaseSettings):
         description="Most model processes (training, scoring, answering) at a time on a machine without a GPU; default: no "
         "limit. On a GPU it is always one.",
     )
+    scoring_processes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Processes that score side by side, each with a share of the prompts; default: one per GPU, or without one two for "
+        "a reward model of less than 1 GB, else one.",
+    )
+    shard_texts: int = Field(
+        default=50_000,
+        ge=1,
+        description="Responses per shard of a scoring, at most and on average: what an interruption loses at most. Each shard loads "
+        "the reward model.",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        description="Ray cluster that the shards of a scoring are spread over, host:port of its head; default: they are done on this "
+        "machine, one after another.",
+    )
+    ray_cores: int = Field(default=1, ge=1, description="Cores of a shard on the Ray cluster.")
+    ray_gpus: int | None = Field(
+        default=None, ge=0, description="GPUs of a shard on the Ray cluster; default: one if the cluster has any."
+    )
 
     def artifact_store(self) -> ArtifactStore:
         """The artifact store.
@@ -72,6 +94,14 @@ class RuntimeSettings(BaseSettings):
         if "://" not in url:
             url = str(Path(url).expanduser().resolve())
         return ArtifactStore(url=url, work_folder=str(home / "work"))
+
+    def scoring(self) -> ScoringSettings:
+        """How scoring is done."""
+        ray = None
+        if self.ray_address is not None:
+            ray = RayCluster(address=self.ray_address, cores=self.ray_cores, gpus=self.ray_gpus)
+        processes = ScoringProcesses(number=self.scoring_processes)
+        return ScoringSettings(processes=processes, shard_texts=self.shard_texts, ray=ray)
 
     def tracking(self) -> TrackingSettings:
         """Where runs are remembered."""

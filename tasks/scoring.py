@@ -25,8 +25,9 @@ from charm_core.tables import PREFERENCES, PROMPTS, RESPONSES, SCORES, WIN_RATES
 from tasks.caching import step, use_store
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
-from tasks.scoring_launch import ScoringProcesses, run_scoring, use_scoring_processes
-from tasks.shards import run_shards, shard_settings
+from tasks.scoring_launch import run_scoring
+from tasks.scoring_settings import ScoringProcesses, ScoringSettings, scoring_settings, use_scoring
+from tasks.shards import run_shards
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile, file_digest, read_source
 
 _NOT_WEIGHTS = {"README.md", ".gitattributes"}
@@ -178,7 +179,7 @@ def score_responses(store: ArtifactStore, model: RewardModelRef, responses: Resp
         WorkerLostError: A process was killed.
         TrainingError: The processes of one shard were killed again and again; the others are kept.
     """
-    shards = _cut(store, responses, shard_settings().texts)
+    shards = _cut(store, responses, scoring_settings().shard_texts)
     if len(shards) == 1:
         return _score(store, model, shards[0])
     with use_store(store), report_progress("scoring in shards", "shards") as progress:
@@ -206,7 +207,7 @@ def score_responses_shard(
             f"the reward model {model.spec.path!r} is not what it was when this run began: its files now have the digest {found}, not "
             f"{model.digest}; leave them alone while a run lasts, and give every machine the same files"
         )
-    with use_scoring_processes(processes):
+    with use_scoring(ScoringSettings(processes=processes)):
         return _score(store, model, shard)
 
 

@@ -10,20 +10,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
 
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import CharmError, ConfigError
 from charm_core.reward_model.jobs import Launch, ScoringJob, ScoringSummary
 from charm_core.reward_model.scoring_shares import merge_summaries, share_responses
+from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.workdir import write_text
 from charm_core.reward_model.worker import PROGRESS, identify
 from charm_core.tables import SCORES, validate
@@ -33,45 +31,14 @@ from tasks.launching import _failure as worker_failure
 from tasks.launching import _gpu_count as local_gpu_count
 from tasks.launching import _turn as turn_on_gpus
 from tasks.process_trees import lines_of, process_tree
+from tasks.scoring_settings import scoring_settings
 
 OnProgress = Callable[[int, int], None]
 
-TEXTS_PER_PROCESS = 500
+TEXTS_PER_PROCESS = 1000
 """Fewer are not worth another process, which takes seconds to load the reward model."""
-
-
-class ScoringProcesses(BaseModel):
-    """With how many processes scoring is done on a machine. Scores are the same up to rounding."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    processes: int | Literal["auto"] = Field(
-        default="auto", description="How many; auto: one per GPU, without a GPU one."
-    )
-    cores: int | None = Field(default=None, description="How many cores they share without a GPU; none: all.")
-
-    def identity(self) -> dict[str, Any]:
-        """What goes into cache keys: nothing, as with the batches."""
-        return {}
-
-
-_EVERYTHING = ScoringProcesses()
-_processes: ContextVar[ScoringProcesses] = ContextVar("charm_scoring_processes", default=_EVERYTHING)
-
-
-@contextmanager
-def use_scoring_processes(processes: ScoringProcesses) -> Iterator[None]:
-    """Scoring inside is done with so many processes."""
-    token = _processes.set(processes)
-    try:
-        yield
-    finally:
-        _processes.reset(token)
-
-
-def scoring_processes() -> ScoringProcesses:
-    """What ``use_scoring_processes`` said."""
-    return _processes.get()
+LIGHT_BYTES = 1e9
+"""Weights that a processor's memory holds twice without a second thought."""
 
 
 def run_scoring(job: ScoringJob, on_progress: OnProgress | None = None, log: OnLine | None = None) -> ScoringSummary:
@@ -91,7 +58,7 @@ def run_scoring(job: ScoringJob, on_progress: OnProgress | None = None, log: OnL
         ConfigError: There are not as many GPUs as processes.
     """
     gpus = local_gpu_count()
-    processes = _process_count(pl.scan_parquet(job.responses_path).select(pl.len()).collect().item(), gpus)
+    processes = _process_count(job, gpus)
     with TemporaryDirectory(prefix="charm-scoring-") as folder:
         shares = _share_out(job, processes, Path(folder))
         environments = _environments(len(shares), gpus)
@@ -102,14 +69,29 @@ def run_scoring(job: ScoringJob, on_progress: OnProgress | None = None, log: OnL
     return _summary(job)
 
 
-def _process_count(texts: int, gpus: int) -> int:
+def _process_count(job: ScoringJob, gpus: int) -> int:
     """How many processes are worth it, at most as many as the settings say."""
-    wanted = _processes.get().processes
-    if wanted == "auto":
-        wanted = gpus or 1
+    wanted = scoring_settings().processes.number
+    if wanted is None:
+        # measured on two cores: see benchmarks/scoring_processes.py
+        wanted = gpus or (2 if _is_light(job.model) else 1)
     if gpus and wanted > gpus:
-        raise ConfigError(f"{wanted} scoring processes, but this machine has {gpus} GPUs; use 'auto'")
-    return max(1, min(wanted, texts // TEXTS_PER_PROCESS))
+        raise ConfigError(
+            f"{wanted} scoring processes, but this machine has {gpus} GPUs; leave CHARM_SCORING_PROCESSES out for one per GPU"
+        )
+    return max(1, min(wanted, _text_count(job) // TEXTS_PER_PROCESS))
+
+
+def _is_light(model: RewardModelSpec) -> bool:
+    """Whether a reward model is small for certain: a folder that has all of its weights."""
+    folder = Path(model.path)
+    if model.base_model or model.reference_model or (folder / "adapter_config.json").exists():
+        return False
+    return 0 < sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= LIGHT_BYTES
+
+
+def _text_count(job: ScoringJob) -> int:
+    return int(pl.scan_parquet(job.responses_path).select(pl.len()).collect().item())
 
 
 def _share_out(job: ScoringJob, processes: int, folder: Path) -> list[ScoringJob]:
@@ -136,7 +118,7 @@ def _environments(processes: int, gpus: int) -> list[dict[str, str]]:
         listed = common.get("CUDA_VISIBLE_DEVICES")
         visible = listed.split(",") if listed else [str(number) for number in range(gpus)]
         return [{**common, "CUDA_VISIBLE_DEVICES": visible[number]} for number in range(processes)]
-    cores = _processes.get().cores or int(common["OMP_NUM_THREADS"])
+    cores = scoring_settings().processes.cores or int(common["OMP_NUM_THREADS"])
     return [{**common, "OMP_NUM_THREADS": str(max(1, cores // processes))}] * processes
 
 
@@ -185,10 +167,7 @@ class _Progress:
         self._on_progress = on_progress
         self._done = [0] * len(shares)
         # until a process has said how many different texts it has
-        self._total = [
-            pl.scan_parquet(share.responses_path).select(pl.len()).collect().item() if on_progress else 0
-            for share in shares
-        ]
+        self._total = [_text_count(share) for share in shares]
 
     def take(self, number: int, line: str) -> bool:
         """Whether a line of a process says how far it is; tells it then."""

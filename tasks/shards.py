@@ -1,62 +1,21 @@
-"""Shards of a large scoring: how large they are, and where they are done.
+"""Where the shards of a large scoring are done.
 
 Without a cluster they are done here, one after another, each on all devices of this machine. With Ray they are Prefect tasks
 on its machines, side by side; Ray gives a shard that is lost with its worker to another one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ConfigError
 from tasks.caching import Step
-from tasks.scoring_launch import ScoringProcesses, scoring_processes
+from tasks.scoring_settings import RayCluster, ScoringProcesses, scoring_settings
 
 if TYPE_CHECKING:
     from prefect.task_runners import TaskRunner
 
 R = TypeVar("R")
-
-
-class RayCluster(BaseModel):
-    """Machines that shards are done on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    address: str = Field(description="As ray.init takes it: host:port of the head, or local for one on this machine.")
-    cores: int = Field(default=1, ge=1, description="Cores of a shard.")
-    gpus: int | None = Field(default=None, ge=0, description="GPUs of a shard; none: one if the cluster has any.")
-
-
-class ShardSettings(BaseModel):
-    """How large shards are, and where they are done. Scores are the same up to rounding."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    texts: int = Field(default=50_000, ge=1, description="Most texts per shard, on average.")
-    ray: RayCluster | None = Field(default=None, description="None: on this machine.")
-
-
-_HERE = ShardSettings()
-_settings: ContextVar[ShardSettings] = ContextVar("charm_shards", default=_HERE)
-
-
-@contextmanager
-def use_shards(settings: ShardSettings) -> Iterator[None]:
-    """Scoring inside is cut and done like this."""
-    token = _settings.set(settings)
-    try:
-        yield
-    finally:
-        _settings.reset(token)
-
-
-def shard_settings() -> ShardSettings:
-    """What ``use_shards`` said."""
-    return _settings.get()
 
 
 def run_shards(shard: Step[..., R], calls: Sequence[tuple[Any, ...]], on_done: Callable[[int], None]) -> list[R]:
@@ -67,12 +26,18 @@ def run_shards(shard: Step[..., R], calls: Sequence[tuple[Any, ...]], on_done: C
         calls: The other arguments, without the store, per shard.
         on_done: Called with the number of shards that are done.
     """
-    cluster = _settings.get().ray
-    if cluster is None:
-        return shard.map([(*arguments, scoring_processes()) for arguments in calls], None, on_done)
+    settings = scoring_settings()
+    if settings.ray is None:
+        return shard.map([(*arguments, settings.processes) for arguments in calls], None, on_done)
+    return _run_on_ray(settings.ray, shard, calls, on_done)
+
+
+def _run_on_ray(
+    cluster: RayCluster, shard: Step[..., R], calls: Sequence[tuple[Any, ...]], on_done: Callable[[int], None]
+) -> list[R]:
     with _ray_runner(cluster) as runner:
         gpus = _gpus_per_shard(cluster)
-        processes = ScoringProcesses(processes=gpus or 1, cores=cluster.cores)
+        processes = ScoringProcesses(number=gpus or 1, cores=cluster.cores)
         with _resources(cluster, gpus):
             return shard.map([(*arguments, processes) for arguments in calls], runner, on_done)
 
