@@ -96,9 +96,20 @@ class RuntimeSettings(BaseSettings):
         return ArtifactStore(url=url, work_folder=str(home / "work"))
 
     def scoring(self) -> ScoringSettings:
-        """How scoring is done."""
+        """How scoring is done.
+
+        Raises:
+            ConfigError: A Ray cluster is named, and no Prefect server that its machines could report to.
+        """
+        from prefect.settings import PREFECT_API_URL  # late: Prefect reads its own settings when it is imported
+
         ray = None
         if self.ray_address is not None:
+            if not PREFECT_API_URL.value():
+                raise ConfigError(
+                    f"CHARM_RAY_ADDRESS={self.ray_address}, but no Prefect server is named: its machines report to one, so start "
+                    f"`prefect server start` where all of them reach it, and set PREFECT_API_URL"
+                )
             ray = RayCluster(address=self.ray_address, cores=self.ray_cores, gpus=self.ray_gpus)
         processes = ScoringProcesses(number=self.scoring_processes)
         return ScoringSettings(processes=processes, shard_texts=self.shard_texts, ray=ray)

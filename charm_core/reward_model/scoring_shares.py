@@ -119,13 +119,19 @@ def ties(scores: pl.DataFrame) -> tuple[float | None, float | None]:
     return (equal / pairs if pairs else None), smallest
 
 
+def conversation_digest(messages: Sequence[dict[str, str]]) -> str:
+    """What identifies a conversation: its roles and contents, to the last character."""
+    content = json.dumps([[message["role"], message["content"]] for message in messages])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def _characters() -> pl.Expr:
     return pl.element().struct.field("content").str.len_chars()
 
 
 def _with_groups(prompts: pl.DataFrame, responses: pl.DataFrame) -> pl.DataFrame:
     """The responses, each with the digest of its conversation."""
-    digests = [_digest(messages) for messages in prompts.get_column("messages").to_list()]
+    digests = [conversation_digest(messages) for messages in prompts.get_column("messages").to_list()]
     groups = prompts.select("prompt_id", pl.Series(_GROUP, digests, dtype=pl.String))
     grouped = responses.join(groups, on="prompt_id", how="left", maintain_order="left")
     unknown = grouped.filter(pl.col(_GROUP).is_null()).get_column("prompt_id").unique(maintain_order=True).to_list()
@@ -135,11 +141,6 @@ def _with_groups(prompts: pl.DataFrame, responses: pl.DataFrame) -> pl.DataFrame
             "give the prompts that were answered"
         )
     return grouped
-
-
-def _digest(messages: Sequence[dict[str, str]]) -> str:
-    content = json.dumps([[message["role"], message["content"]] for message in messages])
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _share(prompts: pl.DataFrame, responses: pl.DataFrame, part: pl.DataFrame) -> ScoringShare:
