@@ -2,6 +2,9 @@
 
 import os
 import signal
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import polars as pl
@@ -70,20 +73,28 @@ def test_two_processes_give_what_one_gives(job: ScoringJob):
 
 def scorers() -> list[psutil.Process]:
     """The processes that score shares of the job."""
-    return [child for child in psutil.Process().children() if "charm_core.reward_model.worker" in child.cmdline()]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            found += [child] if "charm_core.reward_model.worker" in child.cmdline() else []
+    return found
 
 
 @pytest.mark.usefixtures("few_are_enough")
 def test_all_end_when_one_is_killed(job: ScoringJob):
     ended: list[psutil.Process] = []
 
-    def kill_one(*_: object) -> None:
-        if not ended:
-            ended.extend(scorers())
-            os.kill(ended[0].pid, signal.SIGKILL)
+    def kill_one() -> None:
+        while len(ended) < 2:  # they need seconds to import torch
+            time.sleep(0.02)
+            ended[:] = scorers()
+        os.kill(ended[0].pid, signal.SIGKILL)
 
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
     with use_scoring(SEVERAL), pytest.raises(WorkerLostError, match="ended by signal 9"):
-        run_scoring(job, kill_one, kill_one)
+        run_scoring(job)
+    killer.join()
     assert len(ended) == 2
     assert not any(process.is_running() for process in ended)
     assert not job.scores_path.exists()
