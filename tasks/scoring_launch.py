@@ -103,11 +103,16 @@ def _share_out(job: ScoringJob, processes: int, folder: Path) -> list[ScoringJob
     for number, share in enumerate(share_responses(prompts, responses, processes, job.model.max_length)):
         own = folder / f"share-{number}"
         own.mkdir()
-        changes = {name: own / f"{name}.parquet" for name in ("prompts_path", "responses_path", "scores_path")}
-        cuts = None if job.cuts_path is None else own / "cuts.parquet"
-        jobs.append(job.model_copy(update={**changes, "cuts_path": cuts}))
-        share.prompts.write_parquet(changes["prompts_path"])
-        share.responses.write_parquet(changes["responses_path"])
+        part = ScoringJob(
+            model=job.model,
+            prompts_path=own / "prompts.parquet",
+            responses_path=own / "responses.parquet",
+            scores_path=own / "scores.parquet",
+            cuts_path=None if job.cuts_path is None else own / "cuts.parquet",
+        )
+        share.prompts.write_parquet(part.prompts_path)
+        share.responses.write_parquet(part.responses_path)
+        jobs.append(part)
     return jobs
 
 
