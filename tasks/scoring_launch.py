@@ -57,24 +57,25 @@ def run_scoring(job: ScoringJob, on_progress: OnProgress | None = None, log: OnL
         ModelError, TableError: The job cannot be done as it is.
         ConfigError: There are not as many GPUs as processes.
     """
-    gpus = local_gpu_count()
-    processes = _process_count(job, gpus)
+    gpus, environment = local_gpu_count(), worker_environment(None)
+    cores = scoring_settings().processes.cores or int(environment["OMP_NUM_THREADS"])
+    processes = _process_count(job, gpus, cores)
     with TemporaryDirectory(prefix="charm-scoring-") as folder:
         shares = _share_out(job, processes, Path(folder))
-        environments = _environments(len(shares), gpus)
+        environments = _environments(environment, len(shares), gpus, cores)
         with turn_on_gpus(len(shares)):
             _run_together(shares, environments, Path(folder), _Progress(shares, on_progress), log)
-        if len(shares) > 1:
+        if shares != [job]:
             _merge(job, shares)
     return _summary(job)
 
 
-def _process_count(job: ScoringJob, gpus: int) -> int:
+def _process_count(job: ScoringJob, gpus: int, cores: int) -> int:
     """How many processes are worth it, at most as many as the settings say."""
     wanted = scoring_settings().processes.number
     if wanted is None:
         # measured on two cores: see benchmarks/scoring_processes.py
-        wanted = gpus or (2 if _is_light(job.model) else 1)
+        wanted = gpus or (min(2, cores) if _is_light(job.model) else 1)
     if gpus and wanted > gpus:
         raise ConfigError(
             f"{wanted} scoring processes, but this machine has {gpus} GPUs; leave CHARM_SCORING_PROCESSES out for one per GPU"
@@ -116,14 +117,12 @@ def _share_out(job: ScoringJob, processes: int, folder: Path) -> list[ScoringJob
     return jobs
 
 
-def _environments(processes: int, gpus: int) -> list[dict[str, str]]:
+def _environments(common: dict[str, str], processes: int, gpus: int, cores: int) -> list[dict[str, str]]:
     """Every process sees one GPU, or has its share of the cores."""
-    common = worker_environment(None)
     if gpus:
         listed = common.get("CUDA_VISIBLE_DEVICES")
         visible = listed.split(",") if listed else [str(number) for number in range(gpus)]
         return [{**common, "CUDA_VISIBLE_DEVICES": visible[number]} for number in range(processes)]
-    cores = scoring_settings().processes.cores or int(common["OMP_NUM_THREADS"])
     return [{**common, "OMP_NUM_THREADS": str(max(1, cores // processes))}] * processes
 
 

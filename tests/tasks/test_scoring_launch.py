@@ -101,13 +101,14 @@ def test_all_end_when_one_is_killed(job: ScoringJob):
 
 
 def test_as_many_processes_as_are_worth_it(job: ScoringJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    def count(gpus: int, number: int | None = None, model: RewardModelSpec = job.model) -> int:
+    def count(gpus: int, number: int | None = None, model: RewardModelSpec = job.model, cores: int = 16) -> int:
         with use_scoring(ScoringSettings(processes=ScoringProcesses(number=number))):
-            return scoring_launch._process_count(job.model_copy(update={"model": model}), gpus)
+            return scoring_launch._process_count(job.model_copy(update={"model": model}), gpus, cores)
 
     assert count(gpus=4) == 1  # too few texts
     monkeypatch.setattr(scoring_launch, "TEXTS_PER_PROCESS", 8)
     assert count(gpus=0) == 2
+    assert count(gpus=0, cores=1) == 1
     assert count(gpus=2) == 2
     assert count(gpus=8) == 3
     assert count(gpus=2, number=1) == 1
@@ -121,13 +122,19 @@ def test_as_many_processes_as_are_worth_it(job: ScoringJob, monkeypatch: pytest.
         count(gpus=2, number=3)
 
 
-def test_every_process_has_a_gpu_or_its_cores_to_itself(monkeypatch: pytest.MonkeyPatch):
-    def named(processes: int, gpus: int) -> list[str]:
-        return [one["CUDA_VISIBLE_DEVICES"] for one in scoring_launch._environments(processes, gpus)]
+@pytest.mark.usefixtures("few_are_enough")
+def test_one_conversation_is_not_shared_out(job: ScoringJob):
+    pl.read_parquet(job.responses_path).filter(pl.col("prompt_id") == "p001").write_parquet(job.responses_path)
+    with use_scoring(SEVERAL):
+        assert run_scoring(job).texts == 3
+    assert pl.read_parquet(job.scores_path)["policy_model"].to_list() == ["a", "b", "c"]
 
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert named(2, gpus=4) == ["0", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f,7")
-    assert named(3, gpus=3) == ["3", "GPU-5f", "7"]
-    with use_scoring(ScoringSettings(processes=ScoringProcesses(cores=8))):
-        assert [one["OMP_NUM_THREADS"] for one in scoring_launch._environments(3, gpus=0)] == ["2", "2", "2"]
+
+def test_every_process_has_a_gpu_or_its_cores_to_itself():
+    def named(common: dict[str, str], processes: int, gpus: int) -> list[str]:
+        return [one["CUDA_VISIBLE_DEVICES"] for one in scoring_launch._environments(common, processes, gpus, cores=16)]
+
+    assert named({"A": "b"}, 2, gpus=4) == ["0", "1"]
+    assert named({"CUDA_VISIBLE_DEVICES": "3,GPU-5f,7"}, 3, gpus=3) == ["3", "GPU-5f", "7"]
+    without = scoring_launch._environments({"OMP_NUM_THREADS": "16"}, 3, gpus=0, cores=8)
+    assert without == [{"OMP_NUM_THREADS": "2"}] * 3
