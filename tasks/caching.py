@@ -25,6 +25,7 @@ from prefect.filesystems import WritableFileSystem
 from prefect.futures import as_completed
 from prefect.results import ResultRecord  # type: ignore[attr-defined] # re-exported, though not by name
 from prefect.task_runners import TaskRunner
+from prefect.transactions import CommitMode, transaction
 from prefect.utilities.callables import get_call_parameters
 from pydantic import BaseModel, TypeAdapter
 
@@ -250,9 +251,11 @@ class Step(Generic[P, R]):
         """
         if runner is None:
             results = []
-            for arguments in calls:
-                results.append(self(*arguments))
-                on_done(len(results))
+            # inside of another step Prefect would record them only with that one: not at all, if it fails
+            with transaction(commit_mode=CommitMode.EAGER):
+                for arguments in calls:
+                    results.append(self(*arguments))
+                    on_done(len(results))
             return results
         store = _store.get()
         keys = [self.key(*arguments) for arguments in calls]
