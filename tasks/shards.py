@@ -4,11 +4,12 @@ Without a cluster they are done here, one after another, each on all devices of 
 on its machines, side by side; Ray gives a shard that is lost with its worker to another one.
 """
 
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from charm_core.errors import ConfigError
+from charm_core.errors import ConfigError, ServiceError
 from tasks.caching import Step
 from tasks.scoring_settings import RayCluster, ScoringProcesses, scoring_settings
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from prefect.task_runners import TaskRunner
 
 R = TypeVar("R")
+
+_CONNECT_SECONDS = 10.0
 
 
 def run_shards(shard: Step[..., R], calls: Sequence[tuple[Any, ...]], on_done: Callable[[int], None]) -> list[R]:
@@ -35,11 +38,26 @@ def run_shards(shard: Step[..., R], calls: Sequence[tuple[Any, ...]], on_done: C
 def _run_on_ray(
     cluster: RayCluster, shard: Step[..., R], calls: Sequence[tuple[Any, ...]], on_done: Callable[[int], None]
 ) -> list[R]:
+    _check_answers(cluster.address)
     with _ray_runner(cluster) as runner:
         gpus = _gpus_per_shard(cluster)
         processes = ScoringProcesses(number=gpus or 1, cores=cluster.cores)
         with _resources(cluster, gpus):
             return shard.map([(*arguments, processes) for arguments in calls], runner, on_done)
+
+
+def _check_answers(address: str) -> None:
+    """Fail at once if nobody listens there: Ray itself would try for minutes, and then end the process."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if not port.isdigit():  # a name of Ray's, such as auto
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ServiceError(
+            f"the Ray cluster at {address} does not answer ({error}); start it with `ray start --head --port {port}`, or unset "
+            f"CHARM_RAY_ADDRESS to score on this machine"
+        ) from None
 
 
 def _ray_runner(cluster: RayCluster) -> "TaskRunner[Any]":

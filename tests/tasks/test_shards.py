@@ -12,7 +12,7 @@ import psutil
 import pytest
 from prefect import flow
 
-from charm_core.errors import ConfigError, ModelError, TrainingError, WorkerLostError
+from charm_core.errors import ConfigError, ModelError, ServiceError, TrainingError, WorkerLostError
 from charm_core.reward_model import worker
 from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
 from charm_core.reward_model.spec import RewardModelSpec
@@ -21,7 +21,7 @@ from tasks import scoring
 from tasks.caching import use_store
 from tasks.prompts import ResponseSet
 from tasks.scoring import RewardModelRef, Scored, identify_reward_model, score_responses, score_responses_shard
-from tasks.scoring_settings import RayCluster, ScoringSettings, use_scoring
+from tasks.scoring_settings import RayCluster, ScoringProcesses, ScoringSettings, use_scoring
 from tasks.store import ArtifactStore
 from tests.charm_core.reward_model import tiny
 
@@ -163,6 +163,12 @@ def test_a_cluster_needs_ray(store: ArtifactStore, model: RewardModelRef, monkey
         scored(store, model, ScoringSettings(shard_texts=SHARD_TEXTS, ray=RayCluster(address="local")))
 
 
+def test_a_cluster_that_does_not_answer_is_named(store: ArtifactStore, model: RewardModelRef):
+    nobody = RayCluster(address="127.0.0.1:9")  # the discard port: nothing listens
+    with pytest.raises(ServiceError, match=r"Ray cluster at 127.0.0.1:9 does not answer .* unset CHARM_RAY_ADDRESS"):
+        scored(store, model, ScoringSettings(shard_texts=SHARD_TEXTS, ray=nobody))
+
+
 def scoring_processes_of(workers: str) -> list[psutil.Process]:
     """Processes that score, started by processes of that name."""
     found = []
@@ -222,6 +228,8 @@ def test_ray_does_a_lost_shard_again_and_no_other(
     assert killer.killed is not None
     assert len(killer.seen) == 4 + 1
     other = ArtifactStore(url=str(tmp_path / "other"), work_folder=str(tmp_path / "other-work"))
-    here = scored(other, model, ScoringSettings(shard_texts=SHARD_TEXTS))
+    # the number of threads decides how sums are rounded
+    as_there = ScoringProcesses(number=1, cores=1)
+    here = scored(other, model, ScoringSettings(shard_texts=SHARD_TEXTS, processes=as_there))
     assert there.scores.digest == here.scores.digest
     assert there.summary == here.summary
