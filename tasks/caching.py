@@ -249,16 +249,18 @@ class Step(Generic[P, R]):
         Raises:
             CharmError: A call failed, after all others have ended: what they did is recorded.
         """
+        call: Callable[..., R] = self.__call__  # their number and kinds are only known to the caller
+        key_of: Callable[..., str] = self.key
         if runner is None:
             results = []
             # inside of another step Prefect would record them only with that one: not at all, if it fails
             with transaction(commit_mode=CommitMode.EAGER):
                 for arguments in calls:
-                    results.append(self(*arguments))
+                    results.append(call(*arguments))
                     on_done(len(results))
             return results
         store = _store.get()
-        keys = [self.key(*arguments) for arguments in calls]
+        keys = [key_of(*arguments) for arguments in calls]
         with contextlib.ExitStack() as held:
             for key in sorted(set(keys)):  # in one order: two runs never wait for each other
                 if not _is_reusable(store, key, self._kind):
@@ -275,14 +277,15 @@ class Step(Generic[P, R]):
                 on_done(len(calls) - len(missing) + done)
             ran = {number: self._kind.validate_python(future.result()) for number, future in futures.items()}
         return [
-            self._noted(keys[number], ran[number], calls[number]) if number in ran else self(*calls[number])
+            self._noted(keys[number], ran[number], calls[number]) if number in ran else call(*calls[number])
             for number in range(len(calls))
         ]
 
     def _noted(self, key: str, result: R, arguments: tuple[Any, ...]) -> R:
         """The result of a call that ran just now, once it is in the ledger."""
         outputs = tuple(ref.digest for ref in _references(result))
-        inputs = identities(self._inputs(*arguments))
+        inputs_of: Callable[..., dict[str, Any]] = self._inputs
+        inputs = identities(inputs_of(*arguments))
         note_call(StepCall(step=self.name, key=key, reused=False, inputs=inputs, outputs=outputs))
         return result
 

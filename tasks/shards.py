@@ -67,7 +67,8 @@ def _ray_runner(cluster: RayCluster) -> "TaskRunner[Any]":
         raise ConfigError(
             "a Ray cluster is named, but Ray is not installed here: pip install '.[ray]', on every machine of the cluster too"
         ) from None
-    return RayTaskRunner(address=cluster.address)
+    runner: TaskRunner[Any] = RayTaskRunner(address=cluster.address)
+    return runner
 
 
 def _gpus_per_shard(cluster: RayCluster) -> int:
@@ -81,4 +82,5 @@ def _gpus_per_shard(cluster: RayCluster) -> int:
 def _resources(cluster: RayCluster, gpus: int) -> AbstractContextManager[Any]:
     from prefect_ray.context import remote_options
 
-    return remote_options(num_cpus=cluster.cores, num_gpus=gpus)
+    options: AbstractContextManager[Any] = remote_options(num_cpus=cluster.cores, num_gpus=gpus)
+    return options
