@@ -19,6 +19,7 @@ from tasks.device_turns import use_cpu_jobs
 from tasks.ledger import Ledger, keep_ledger, last_ledger
 from tasks.progress import tell
 from tasks.publishing import publish_link
+from tasks.scoring_settings import use_scoring
 from tasks.scratch import remove_abandoned_folders
 from tasks.secrets import use_secrets
 from tasks.source_digests import use_digest_memo
@@ -74,6 +75,7 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
         stack.enter_context(use_digest_memo(runtime.digest_memo()))
         stack.enter_context(use_secrets(find_secret))
         stack.enter_context(use_cpu_jobs(runtime.cpu_jobs))
+        stack.enter_context(use_scoring(runtime.scoring()))
         run = stack.enter_context(tracked_run(runtime.tracking(), title, tags={**tags, TITLE_TAG: title}))
         ledger = stack.enter_context(keep_ledger(store, title, plain))
         run.log_params(plain)

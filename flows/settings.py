@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from charm_core.errors import ConfigError, ServiceError
 from tasks.addresses import shown_address
+from tasks.scoring_settings import RayCluster, ScoringProcesses, ScoringSettings
 from tasks.store import ArtifactStore
 from tasks.tracking import TrackingSettings
 
@@ -59,6 +60,27 @@ class RuntimeSettings(BaseSettings):
         description="Most model processes (training, scoring, answering) at a time on a machine without a GPU; default: no "
         "limit. On a GPU it is always one.",
     )
+    scoring_processes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Processes that score side by side, each with a share of the prompts; default: one per GPU, or without one two for "
+        "a reward model of less than 1 GB, else one.",
+    )
+    shard_texts: int = Field(
+        default=50_000,
+        ge=1,
+        description="Responses per shard of a scoring, at most and on average: what an interruption loses at most. Each shard loads "
+        "the reward model.",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        description="Ray cluster that the shards of a scoring are spread over, host:port of its head; default: they are done on this "
+        "machine, one after another.",
+    )
+    ray_cores: int = Field(default=1, ge=1, description="Cores of a shard on the Ray cluster.")
+    ray_gpus: int | None = Field(
+        default=None, ge=0, description="GPUs of a shard on the Ray cluster; default: one if the cluster has any."
+    )
 
     def artifact_store(self) -> ArtifactStore:
         """The artifact store.
@@ -76,6 +98,25 @@ class RuntimeSettings(BaseSettings):
     def digest_memo(self) -> Path:
         """Where digests of the user's model files are remembered."""
         return self.home.expanduser().resolve() / "digests"
+
+    def scoring(self) -> ScoringSettings:
+        """How scoring is done.
+
+        Raises:
+            ConfigError: A Ray cluster is named, and no Prefect server that its machines could report to.
+        """
+        from prefect.settings import PREFECT_API_URL  # late: Prefect reads its own settings when it is imported
+
+        ray = None
+        if self.ray_address is not None:
+            if not PREFECT_API_URL.value():
+                raise ConfigError(
+                    f"CHARM_RAY_ADDRESS={self.ray_address}, but no Prefect server is named: its machines report to one, so start "
+                    f"`prefect server start` where all of them reach it, and set PREFECT_API_URL"
+                )
+            ray = RayCluster(address=self.ray_address, cores=self.ray_cores, gpus=self.ray_gpus)
+        processes = ScoringProcesses(number=self.scoring_processes)
+        return ScoringSettings(processes=processes, shard_texts=self.shard_texts, ray=ray)
 
     def tracking(self) -> TrackingSettings:
         """Where runs are remembered."""

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import date
@@ -22,7 +22,11 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, runt
 from prefect import Task
 from prefect.cache_policies import CachePolicy
 from prefect.filesystems import WritableFileSystem
+from prefect.futures import as_completed
 from prefect.results import ResultRecord  # type: ignore[attr-defined] # re-exported, though not by name
+from prefect.task_runners import TaskRunner
+from prefect.transactions import CommitMode, transaction
+from prefect.utilities.callables import get_call_parameters
 from pydantic import BaseModel, TypeAdapter
 
 from charm_core.errors import ArtifactError, ConfigError
@@ -226,11 +230,78 @@ class Step(Generic[P, R]):
         note_call(StepCall(step=self.name, key=key, reused=reused, inputs=identities(inputs), outputs=outputs))
         return result
 
+    def map(
+        self,
+        calls: Sequence[tuple[Any, ...]],
+        runner: TaskRunner[Any] | None = None,
+        on_done: Callable[[int], None] = lambda _: None,
+    ) -> list[R]:
+        """Run the step on many inputs in the current flow, or take recorded results.
+
+        Args:
+            calls: The arguments of every call, without the store.
+            runner: Where they run, side by side; started already. Without one they run here, one after another.
+            on_done: Called with the number of calls that are done.
+
+        Returns:
+            The results in the order of the calls.
+
+        Raises:
+            CharmError: A call failed, after all others have ended: what they did is recorded.
+        """
+        call: Callable[..., R] = self.__call__  # their number and kinds are only known to the caller
+        key_of: Callable[..., str] = self.key
+        if runner is None:
+            results = []
+            # inside of another step Prefect would record them only with that one: not at all, if it fails
+            with transaction(commit_mode=CommitMode.EAGER):
+                for arguments in calls:
+                    results.append(call(*arguments))
+                    on_done(len(results))
+            return results
+        store = _store.get()
+        keys = [key_of(*arguments) for arguments in calls]
+        with contextlib.ExitStack() as held:
+            for key in sorted(set(keys)):  # in one order: two runs never wait for each other
+                if not _is_reusable(store, key, self._kind):
+                    held.enter_context(_alone(store, key))
+            missing = [number for number, key in enumerate(keys) if not _is_reusable(store, key, self._kind)]
+            held.enter_context(step_line(self.name))
+            futures = {
+                number: runner.submit(
+                    self._bound(store, keys[number]), get_call_parameters(self._task.fn, (store, *calls[number]), {})
+                )
+                for number in missing
+            }
+            for done, _ in enumerate(as_completed(list(futures.values())), start=1):
+                on_done(len(calls) - len(missing) + done)
+            ran = {number: self._kind.validate_python(future.result()) for number, future in futures.items()}
+        return [
+            self._noted(keys[number], ran[number], calls[number]) if number in ran else call(*calls[number])
+            for number in range(len(calls))
+        ]
+
+    def _noted(self, key: str, result: R, arguments: tuple[Any, ...]) -> R:
+        """The result of a call that ran just now, once it is in the ledger."""
+        outputs = tuple(ref.digest for ref in _references(result))
+        inputs_of: Callable[..., dict[str, Any]] = self._inputs
+        inputs = identities(inputs_of(*arguments))
+        note_call(StepCall(step=self.name, key=key, reused=False, inputs=inputs, outputs=outputs))
+        return result
+
     def _run(self, store: ArtifactStore, key: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._kind.validate_python(self._bound(store, key)(store, *args, **kwargs))
+
+    def _bound(self, store: ArtifactStore, key: str) -> Task[..., Any]:
+        """The Prefect task of one call."""
         bound = self._task.with_options(cache_policy=ContentPolicy(content_key=key))
         # with_options accepts only blocks that are saved on a server; a worker without that server must work too
         bound.result_storage = StepRecords(store=store, key=key)
-        return self._kind.validate_python(bound(store, *args, **kwargs))
+        return bound
+
+    def __reduce__(self) -> str:
+        """Another process finds a step under its name, in the module that it was made in."""
+        return self.name
 
     def _plain(self, function: Callable[Concatenate[ArtifactStore, P], R]) -> Callable[..., Any]:
         """The function with a result that JSON holds: nothing is unpickled, and a cached result equals a fresh one."""

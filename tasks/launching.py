@@ -1,4 +1,4 @@
-"""Training and scoring in processes of their own: the only part that starts, watches and ends them.
+"""Training, looking and answering in processes of their own; ``scoring_launch`` has the scoring.
 
 One process tree per job. Whatever ends the caller's wait, an error in a callback, Ctrl-C or a cancelled flow run, ends the
 whole tree; and if the caller itself is killed, the workers notice and end.
@@ -22,7 +22,7 @@ from charm_core import errors
 from charm_core.errors import ConfigError, TrainingError, WorkerLostError
 from charm_core.reward_model.findings import PreflightJob, PreflightReport
 from charm_core.reward_model.generation_job import GenerationJob
-from charm_core.reward_model.jobs import CurveRecord, Launch, ScoringJob, ScoringSummary, TrainingJob, TrainingOutcome
+from charm_core.reward_model.jobs import CurveRecord, Launch, TrainingJob, TrainingOutcome
 from charm_core.reward_model.post_training_job import (
     PostTrainingConfig,
     PostTrainingJob,
@@ -42,7 +42,7 @@ from charm_core.reward_model.workdir import (
     rewind,
     write_text,
 )
-from charm_core.reward_model.worker import PROGRESS, identify
+from charm_core.reward_model.worker import identify
 from tasks.device_turns import device_turn
 from tasks.process_trees import lines_of, process_tree
 from tasks.scratch import scratch_folder
@@ -107,35 +107,6 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
             for record in read_curve(job.work_dir) if on_step else []:
                 on_step(record)  # type: ignore[misc]
     return outcome
-
-
-def run_scoring(
-    job: ScoringJob, on_progress: Callable[[int, int], None] | None = None, log: OnLine | None = None
-) -> ScoringSummary:
-    """Score in a process of its own, which returns its memory when it ends.
-
-    Args:
-        job: What to score; the scores are at ``job.scores_path`` afterwards.
-        on_progress: Called with (texts scored, texts to score).
-        log: Called with every other line that the process prints.
-
-    Raises:
-        WorkerLostError: The process was killed.
-        ModelError, TableError: The job cannot be done as it is.
-    """
-
-    def line(text: str) -> None:
-        if text.startswith(PROGRESS) and on_progress is not None:
-            done, total = text.removeprefix(PROGRESS).split()
-            on_progress(int(done), int(total))
-        elif log is not None:
-            log(text)
-
-    with scratch_folder("scoring") as folder:
-        launch = Path(folder) / LAUNCH
-        write_text(launch, Launch(scoring=job, parent=identify(os.getpid())).model_dump_json())
-        _run([sys.executable, "-m", WORKER, str(launch)], _environment(None), launch.parent, line, lambda: None)
-    return ScoringSummary.model_validate_json(job.scores_path.with_suffix(".json").read_text())
 
 
 def run_preflight(job: PreflightJob) -> PreflightReport:

@@ -23,7 +23,7 @@ from tasks.endpoint import Endpoint
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
 from tasks.remote_requests import Send, ask_values
-from tasks.scoring import RewardModelRef, identify_reward_model
+from tasks.scoring import RewardModelRef, ShardToScore, identify_reward_model
 from tasks.store import ArtifactRef, ArtifactStore
 
 _SENDS: dict[Route, tuple[Send, ...]] = {
@@ -105,15 +105,6 @@ class RemoteScorer(BaseModel):
             "send": self.config.sends,
             "rendering": rendering,
         }
-
-
-class ShardToScore(BaseModel):
-    """Some of the prompts, and the responses to them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prompts: ArtifactRef
-    responses: ArtifactRef
 
 
 class ScoredShard(BaseModel):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,22 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 from pydantic import BaseModel, ConfigDict, Field
 
-from charm_core.errors import ConfigError, ModelError, WorkerLostError
+from charm_core.errors import ConfigError, ModelError, TrainingError, WorkerLostError
 from charm_core.responses import ColumnNames, ingest_preferences, ingest_scores, ingest_win_rates
 from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
+from charm_core.reward_model.scoring_shares import cut_into_shards, merge_summaries
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.files import COMMIT, read_json
 from charm_core.reward_model.stored.kinds import base_of
 from charm_core.reward_model.templates import template_text
 from charm_core.tables import PREFERENCES, PROMPTS, RESPONSES, SCORES, WIN_RATES
-from tasks.caching import step
-from tasks.launching import run_scoring
+from tasks.caching import step, use_store
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
+from tasks.scoring_launch import run_scoring
+from tasks.scoring_settings import ScoringProcesses, ScoringSettings, scoring_settings, use_scoring
 from tasks.scratch import scratch_folder
+from tasks.shards import run_shards
 from tasks.source_digests import weights_digest
 from tasks.store import ArtifactRef, ArtifactStore, SourceFile, read_source
 
@@ -71,6 +74,15 @@ class RewardModelRef(BaseModel):
             return
         with store.local_folder(self.folder) as path:
             yield self.spec.model_copy(update={"path": str(path)})
+
+
+class ShardToScore(BaseModel):
+    """Some of the prompts, and the responses to them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: ArtifactRef
+    responses: ArtifactRef
 
 
 class Scored(BaseModel):
@@ -155,7 +167,60 @@ def worker_was_lost(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> 
 
 @step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
 def score_responses(store: ArtifactStore, model: RewardModelRef, responses: ResponseSet) -> Scored:
-    """Score responses in a process of their own."""
+    """Score responses in processes of their own; many of them shard by shard, wherever the settings say.
+
+    Raises:
+        ModelError, TableError: They cannot be scored as they are.
+        WorkerLostError: A process was killed.
+        TrainingError: The processes of one shard were killed again and again; the others are kept.
+    """
+    shards = _cut(store, responses, scoring_settings().shard_texts)
+    if len(shards) == 1:
+        return _score(store, model, shards[0])
+    with use_store(store), report_progress("scoring in shards", "shards") as progress:
+        try:
+            scored = run_shards(
+                score_responses_shard, [(model, shard) for shard in shards], lambda done: progress(done, len(shards))
+            )
+        except WorkerLostError as error:  # each was tried three times: this step is not to do that again
+            raise TrainingError(f"a shard was lost three times: {error}") from error
+    return _joined(store, scored)
+
+
+@step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
+def score_responses_shard(
+    store: ArtifactStore, model: RewardModelRef, shard: ShardToScore, processes: ScoringProcesses
+) -> Scored:
+    """Score a shard, on whatever machine this runs.
+
+    Raises:
+        ModelError: The reward model is another one here, or cannot be used.
+        WorkerLostError: A process was killed.
+    """
+    if model.folder is None and (found := identify_reward_model(model.spec).digest) != model.digest:
+        raise ModelError(
+            f"the reward model {model.spec.path!r} is not what it was when this run began: its files now have the digest {found}, not "
+            f"{model.digest}; leave them alone while a run lasts, and give every machine the same files"
+        )
+    with use_scoring(ScoringSettings(processes=processes)):
+        return _score(store, model, shard)
+
+
+def _cut(store: ArtifactStore, responses: ResponseSet, texts: int) -> list[ShardToScore]:
+    if (responses.responses.rows or 0) <= texts:
+        return [ShardToScore(prompts=responses.prompts, responses=responses.responses)]
+    shards = cut_into_shards(
+        store.read_table(responses.prompts, PROMPTS), store.read_table(responses.responses, RESPONSES), texts
+    )
+    return [
+        ShardToScore(
+            prompts=store.write_table(shard.prompts, PROMPTS), responses=store.write_table(shard.responses, RESPONSES)
+        )
+        for shard in shards
+    ]
+
+
+def _score(store: ArtifactStore, model: RewardModelRef, shard: ShardToScore) -> Scored:
     with scratch_folder("scoring") as folder, model.local_spec(store) as spec:
         job = ScoringJob(
             model=spec,
@@ -163,11 +228,18 @@ def score_responses(store: ArtifactStore, model: RewardModelRef, responses: Resp
             responses_path=Path(folder, "responses.parquet"),
             scores_path=Path(folder, "scores.parquet"),
         )
-        store.read_table(responses.prompts, PROMPTS).write_parquet(job.prompts_path)
-        store.read_table(responses.responses, RESPONSES).write_parquet(job.responses_path)
+        store.read_table(shard.prompts, PROMPTS).write_parquet(job.prompts_path)
+        store.read_table(shard.responses, RESPONSES).write_parquet(job.responses_path)
         with report_progress("scoring", "texts") as progress:
             summary = run_scoring(job, progress)
         return Scored(scores=store.write_table(pl.read_parquet(job.scores_path), SCORES), summary=summary)
+
+
+def _joined(store: ArtifactStore, shards: Sequence[Scored]) -> Scored:
+    scores = pl.concat([store.read_table(shard.scores, SCORES) for shard in shards])
+    return Scored(
+        scores=store.write_table(scores, SCORES), summary=merge_summaries([shard.summary for shard in shards], scores)
+    )
 
 
 @step(version=1)

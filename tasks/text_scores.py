@@ -18,13 +18,14 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from charm_core.errors import ArtifactError
 from charm_core.reward_model.jobs import ScoringJob
+from charm_core.reward_model.scoring_shares import conversation_digest
 from charm_core.tables import PROMPTS, RESPONSES, SCORES, TableSchema, validate
 from tasks.caching import step
-from tasks.launching import run_scoring
 from tasks.progress import Progress
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
 from tasks.scoring import RewardModelRef
+from tasks.scoring_launch import run_scoring
 from tasks.scratch import scratch_folder
 from tasks.store import ArtifactRef, ArtifactStore
 
@@ -79,20 +80,24 @@ def score_texts(store: ArtifactStore, model: RewardModelRef, sets: tuple[Respons
     known = _known_scores(store, model, wanted)
     missing = wanted.join(known, on="text", how="anti", maintain_order="left")
     logger.info("%d of %d texts have a score already", wanted.height - missing.height, wanted.height)
-    # in the order of their digests every part has texts of all lengths, and the same texts make the same parts
-    scored = _score_missing(store, model, missing.sort("text"))
+    # in the order of their digests every part has texts of all lengths, and the same texts make the same parts; responses to
+    # one conversation stay together, for their prompt is computed once
+    scored = _score_missing(store, model, missing.sort("conversation", "text"))
     scores = pl.concat([known, scored])
     return tuple(_scored_set(store, cells, scores) for cells in asked)
 
 
 def _texts(store: ArtifactStore, texts: ResponseSet) -> pl.DataFrame:
-    """Columns text (digest), prompt_id, policy_model, messages and response, one row per response."""
+    """Columns text and conversation (digests), prompt_id, policy_model, messages and response, one row per response."""
     prompts = store.read_table(texts.prompts, PROMPTS).select("prompt_id", "messages")
     cells = store.read_table(texts.responses, RESPONSES).join(
         prompts, on="prompt_id", how="inner", maintain_order="left"
     )
     digests = [text_digest(messages, response) for messages, response in cells.select("messages", "response").rows()]
-    return cells.with_columns(text=pl.Series(digests, dtype=pl.String)).select("text", *_CELL, "messages", "response")
+    asked = [conversation_digest(messages) for messages in cells.get_column("messages").to_list()]
+    return cells.with_columns(
+        text=pl.Series(digests, dtype=pl.String), conversation=pl.Series(asked, dtype=pl.String)
+    ).select("text", "conversation", *_CELL, "messages", "response")
 
 
 def text_digest(messages: Sequence[dict[str, str]], response: str) -> str:
@@ -129,13 +134,15 @@ def _score(store: ArtifactStore, model: RewardModelRef, texts: pl.DataFrame, pro
             scores_path=Path(folder, "scores.parquet"),
             cuts_path=cuts,
         )
-        # each text is a prompt of its own: two sets may call different prompts by one id
-        named = texts.with_columns(prompt_id=pl.col("text"), policy_model=pl.lit("text"), prompt_set=pl.lit("texts"))
-        named.select(list(PROMPTS.columns)).write_parquet(job.prompts_path)
+        # two sets may call different prompts by one id, and one policy model may have answered in both
+        named = texts.with_columns(
+            prompt_id=pl.col("conversation"), policy_model=pl.col("text"), prompt_set=pl.lit("texts")
+        )
+        named.select(list(PROMPTS.columns)).unique("prompt_id").write_parquet(job.prompts_path)
         named.select(list(RESPONSES.columns)).write_parquet(job.responses_path)
         run_scoring(job, progress)
         found = pl.read_parquet(job.scores_path).join(pl.read_parquet(cuts), on=_CELL)
-    scored = found.select(pl.col("prompt_id").alias("text"), "score", "prompt_cut", "response_cut")
+    scored = found.select(pl.col("policy_model").alias("text"), "score", "prompt_cut", "response_cut")
     return validate(scored, TEXT_SCORES)
 
 

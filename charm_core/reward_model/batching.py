@@ -69,6 +69,25 @@ def packed_cost(prefixes: Mapping[str, Sequence[PrefixGroup]], lengths: Sequence
     return cost
 
 
+def deal_out(sizes: Sequence[int], shares: int) -> list[list[int]]:
+    """Deal work out evenly: the largest piece first, each to the share that has least so far.
+
+    Args:
+        sizes: Work per piece, in any unit.
+        shares: Number of shares.
+
+    Returns:
+        Per share, the indices of its pieces, largest first; every index exactly once. Equal pieces keep their order.
+    """
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    loads = [0] * shares
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        lightest = loads.index(min(loads))
+        dealt[lightest].append(index)
+        loads[lightest] += sizes[index]
+    return dealt
+
+
 def share_out(groups: Sequence[PairGroup], cost: Cost, *, ranks: int, budget: int) -> list[list[list[PairGroup]]]:
     """Deal one step's groups out to the ranks and into micro-batches.
 
@@ -85,13 +104,8 @@ def share_out(groups: Sequence[PairGroup], cost: Cost, *, ranks: int, budget: in
     Returns:
         Per rank, its micro-batches, each a list of groups.
     """
-    shares: list[list[PairGroup]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for group in sorted(groups, key=lambda group: -cost([group])):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(group)
-        loads[lightest] += cost([group])
-    dealt = [_micro_batches(share, cost, budget) for share in shares]
+    dealt_out = deal_out([cost([group]) for group in groups], ranks)
+    dealt = [_micro_batches([groups[index] for index in share], cost, budget) for share in dealt_out]
     most = max(len(batches) for batches in dealt)
     return [batches + [[] for _ in range(most - len(batches))] for batches in dealt]
 

@@ -9,8 +9,6 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
-from math import comb
 
 import polars as pl
 
@@ -18,6 +16,7 @@ from charm_core.errors import ModelError, TableError
 from charm_core.reward_model.jobs import ScoringSummary
 from charm_core.reward_model.loading import RewardModel, load_reward_model
 from charm_core.reward_model.rendering import Rendered, render
+from charm_core.reward_model.scoring_shares import ties
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.text_scoring import BatchingCheck, Progress, choose_batching, run_texts
 from charm_core.tables import PROMPTS, RESPONSES, SCORES, validate
@@ -197,7 +196,7 @@ def _check_scores(scores: pl.DataFrame, spec: RewardModelSpec) -> None:
 
 
 def _summary(spec: RewardModelSpec, asked: pl.DataFrame, tally: _Tally, scores: pl.DataFrame) -> ScoringSummary:
-    tie_rate, smallest_gap = _ties(scores)
+    tie_rate, smallest_gap = ties(scores)
     return ScoringSummary(
         texts=asked.height,
         distinct_texts=tally.distinct,
@@ -214,15 +213,3 @@ def _summary(spec: RewardModelSpec, asked: pl.DataFrame, tally: _Tally, scores: 
         tie_rate=tie_rate,
         smallest_gap=smallest_gap,
     )
-
-
-def _ties(scores: pl.DataFrame) -> tuple[float | None, float | None]:
-    """Share of equal scores among all pairs of responses to one prompt, and the smallest gap that is not 0."""
-    ties = pairs = 0
-    smallest: float | None = None
-    for values in scores.group_by("prompt_id", maintain_order=True).agg(pl.col("score").sort())["score"].to_list():
-        pairs += comb(len(values), 2)
-        ties += sum(comb(len(list(same)), 2) for _, same in groupby(values))
-        gaps = [high - low for low, high in pairwise(values) if high > low]
-        smallest = min([gap for gap in (smallest, *gaps) if gap is not None], default=None)
-    return (ties / pairs if pairs else None), smallest

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from charm_core.errors import ServiceError
+from charm_core.errors import ConfigError, ServiceError
 from flows.settings import CHECKOUT, RuntimeSettings, prepare_environment
+from tasks.scoring_settings import RayCluster, ScoringProcesses, ScoringSettings
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +103,24 @@ def test_the_environment_is_ready_before_prefect_and_mlflow_are_imported():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_how_scoring_is_done_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch):
+    assert RuntimeSettings().scoring() == ScoringSettings()
+    monkeypatch.setenv("CHARM_SCORING_PROCESSES", "3")
+    monkeypatch.setenv("CHARM_SHARD_TEXTS", "1000")
+    monkeypatch.setenv("CHARM_RAY_ADDRESS", "head:6379")
+    monkeypatch.setenv("CHARM_RAY_GPUS", "2")
+    with temporary_settings({PREFECT_API_URL: "http://server:4200/api"}):
+        assert RuntimeSettings().scoring() == ScoringSettings(
+            processes=ScoringProcesses(number=3), shard_texts=1000, ray=RayCluster(address="head:6379", gpus=2)
+        )
+
+
+def test_a_ray_cluster_needs_a_prefect_server(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CHARM_RAY_ADDRESS", "head:6379")
+    with (
+        temporary_settings({PREFECT_API_URL: ""}),
+        pytest.raises(ConfigError, match="CHARM_RAY_ADDRESS=head:6379, but no Prefect server is named"),
+    ):
+        RuntimeSettings().scoring()

@@ -17,7 +17,8 @@ from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.workdir import CURVE, append_curve, curve_line, read_curve
 from charm_core.reward_model.worker import identify, is_alive
-from tasks.launching import CurveReader, rank_count, run_scoring, run_training
+from tasks.launching import CurveReader, rank_count, run_training
+from tasks.scoring_launch import run_scoring
 from tests.charm_core.reward_model.tiny import pairs_table, prompts_and_responses, save_model
 
 ROOT = Path(__file__).parents[2]

@@ -441,6 +441,7 @@ def test_every_step_has_a_golden_or_a_reason():
         "sample_shard",
         "score_by_truth",
         "score_responses",
+        "score_responses_shard",
         "score_shard",
         "score_texts",
         "simulate_sources",

@@ -11,7 +11,8 @@ from charm_core.reward_model.findings import PreflightJob
 from charm_core.reward_model.jobs import ScoringJob
 from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec
-from tasks.launching import run_preflight, run_scoring
+from tasks.launching import run_preflight
+from tasks.scoring_launch import run_scoring
 from tests.charm_core.reward_model.hub_server import COMMIT, serve
 from tests.charm_core.reward_model.kinds import save_adapter, save_causal, save_classifier, save_value_head
 from tests.charm_core.reward_model.tiny import prompts_and_responses
