@@ -15,12 +15,12 @@ from charm_core.reward_model.spec import TrainingConfig
 from charm_core.reward_model.workdir import read_curve
 from charm_core.tables import PAIRS, RATINGS
 from tasks.caching import content_key, step
-from tasks.launching import run_training
 from tasks.progress import Progress
 from tasks.publishing import report_progress, run_logger
 from tasks.scoring import RewardModelRef, worker_was_lost
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.tracking import TrackedRun, current_run
+from tasks.training_launch import run_training
 
 _SECONDS_BETWEEN_POINTS = 2.0
 _STEP = re.compile(r"step (\d+) of (\d+): (loss [\d.]+)")

@@ -255,7 +255,7 @@ def test_slurm_asks_for_one_node_as_long_as_training_cannot_use_more():
     text = (DEPLOYMENTS / "slurm" / "calibrate.sbatch").read_text()
     asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", text, re.MULTILINE))
     assert (asked["nodes"], asked["ntasks"]) == ("1", "1")
-    assert '"--standalone"' in (ROOT / "tasks" / "launching.py").read_text()
+    assert '"--standalone"' in (ROOT / "tasks" / "worker_processes.py").read_text()
     (command,) = re.findall(r"-m flows.calibrate (.*) &$", text, re.MULTILINE)
     assert options_of(command.split()) == ["training.ranks"]
     assert all(is_setting(option) for option in options_of(command.split()))
