@@ -21,6 +21,7 @@ from charm_core.reward_model.workdir import (
     write_text,
 )
 from charm_core.reward_model.worker import identify
+from tasks.nodes import machine_count, run_on_nodes
 from tasks.worker_processes import LAUNCH, OnLine, rank_count, run_worker, training_command, worker_environment
 
 LOCK = "job.lock"
@@ -35,7 +36,7 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
     the same work folder take turns, and the second finds the first one's result. Callbacks run in the calling thread.
 
     Args:
-        job: What to train. ``job.config.ranks`` processes, or one for plain training.
+        job: What to train. ``job.config.ranks`` processes, over the machines of ``use_nodes``, or one for plain training.
         on_step: Called with every record of the curve in order, also with those of steps done by an earlier run.
         log: Called with every line that the processes print; all of it is also appended to ``training.log``.
 
@@ -53,12 +54,12 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
         outcome = finished_outcome(job)
         if outcome is None:
             rewind(job.work_dir)
-            launch = job.work_dir / LAUNCH
-            write_text(launch, Launch(training=job, parent=identify(os.getpid())).model_dump_json())
             curve = _CurveReader(job.work_dir / CURVE, on_step)
             with _kept(job.work_dir / LOG, log) as keep:
-                command, environment = training_command(launch, job.config), worker_environment(job.config)
-                run_worker(command, environment, launch.parent, keep, curve.poll, gpus=rank_count(job.config))
+                if job.config.zero_stage is not None and machine_count() > 1:
+                    run_on_nodes(job, keep, curve.poll)
+                else:
+                    _run_here(job, keep, curve.poll)
             curve.poll()
             outcome = finished_outcome(job)
             if outcome is None:
@@ -67,6 +68,13 @@ def run_training(job: TrainingJob, on_step: OnStep | None = None, log: OnLine | 
             for record in read_curve(job.work_dir) if on_step else []:
                 on_step(record)  # type: ignore[misc]
     return outcome
+
+
+def _run_here(job: TrainingJob, log: OnLine, poll: Callable[[], None]) -> None:
+    launch = job.work_dir / LAUNCH
+    write_text(launch, Launch(training=job, parent=identify(os.getpid())).model_dump_json())
+    command, environment = training_command(launch, job.config), worker_environment(job.config)
+    run_worker(command, environment, launch.parent, log, poll, gpus=rank_count(job.config))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -39,44 +39,56 @@ SIGNALLED = re.compile(r"exitcode\s*:\s*-(\d+)")
 OnLine = Callable[[str], None]
 
 
-def rank_count(config: TrainingConfig | PostTrainingConfig) -> int:
-    """How many processes a configuration means on this machine.
+def rank_count(config: TrainingConfig | PostTrainingConfig, machines: int = 1) -> int:
+    """How many processes a configuration means on each of so many machines that are like this one.
 
     Raises:
-        ConfigError: More than there are GPUs.
+        ConfigError: More than there are GPUs, or not the same number everywhere.
     """
     if config.zero_stage is None:
         return 1
     gpus = local_gpu_count()
     if config.ranks == "auto":
         return gpus or min(2, _cores())
-    if gpus and config.ranks > gpus:
-        raise ConfigError(f"ranks={config.ranks}, but this machine has {gpus} GPUs; use ranks='auto'")
-    return config.ranks
+    here, left = divmod(config.ranks, machines)
+    if left:
+        raise ConfigError(
+            f"ranks={config.ranks} cannot be shared out evenly over {machines} machines; use ranks='auto'"
+        )
+    if gpus and here > gpus:
+        raise ConfigError(
+            f"ranks={config.ranks}, but {'this machine has' if machines == 1 else f'each of {machines} machines has'} {gpus} GPUs; "
+            f"use ranks='auto'"
+        )
+    return here
 
 
 def training_command(launch: Path, config: TrainingConfig | PostTrainingConfig) -> list[str]:
     """What starts the ranks of a training on this machine alone."""
-    worker = ["-m", WORKER, str(launch)]
     if config.zero_stage is None:
-        return [sys.executable, *worker]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(rank_count(config))]
-    return [sys.executable, *torchrun, *worker]
+        return [sys.executable, "-m", WORKER, str(launch)]
+    return worker_command(launch, ["--standalone", f"--nproc_per_node={rank_count(config)}"])
+
+
+def worker_command(launch: Path, torchrun: Sequence[str]) -> list[str]:
+    """What starts ranks with these options of torchrun."""
+    return [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", WORKER, str(launch)]
 
 
 def worker_environment(
-    config: TrainingConfig | PostTrainingConfig | None, allocator: dict[str, str] | None = None
+    config: TrainingConfig | PostTrainingConfig | None, allocator: dict[str, str] | None = None, *, machines: int = 1
 ) -> dict[str, str]:
     """The environment of the workers; the thread count is all cores for scoring and plain training.
 
     Args:
         config: Of a training, or none.
         allocator: Settings of the memory allocator; default: ``ALLOCATOR`` where there is no GPU, which takes torch to tell.
+        machines: Over how many the training is spread.
     """
     if allocator is None:
         allocator = {} if local_gpu_count() else ALLOCATOR
     if config is None or config.threads_per_rank == "auto":
-        threads = max(1, _cores() // (rank_count(config) if config else 1))
+        threads = max(1, _cores() // (rank_count(config, machines) if config else 1))
     else:
         threads = config.threads_per_rank
     checkout = str(Path(errors.__file__).parents[1])
@@ -130,18 +142,24 @@ def run_worker(
             poll()
         status = process.wait()
     if status != 0:
-        raise worker_failure(status, folder, list(tail))
+        raise worker_failure([status], folder, tail)
 
 
-def worker_failure(status: int, folder: Path, tail: list[str]) -> errors.CharmError:
-    """The error that says why a worker ended with this status."""
+def worker_failure(statuses: Sequence[int], folder: Path, tail: Iterable[str]) -> errors.CharmError:
+    """The error that says why workers ended with these statuses.
+
+    Args:
+        statuses: Those that are not 0.
+        folder: Where a worker leaves its reason.
+        tail: The last lines that they printed.
+    """
     log = "\n".join(tail)
     report = folder / FAILURE
     failure = Failure.model_validate_json(report.read_text()) if report.exists() else None
     known = getattr(errors, failure.kind, None) if failure else None
     if failure and known:
         return known(failure.message)  # type: ignore[no-any-return]
-    signals = {-status} if status < 0 else {int(number) for number in SIGNALLED.findall(log)}
+    signals = {-status for status in statuses if status < 0} or {int(number) for number in SIGNALLED.findall(log)}
     # torchrun terminates the other ranks when one is lost or fails, and those may fail first because their peer is gone.
     lost = signals - {signal.SIGTERM} or (signals if not failure else set())
     if lost:
@@ -151,7 +169,7 @@ def worker_failure(status: int, folder: Path, tail: list[str]) -> errors.CharmEr
         )
     if failure:
         return TrainingError(f"the worker failed unexpectedly:\n{failure.message}")
-    return TrainingError(f"the worker ended with status {status}\nThe end of its log:\n{log}")
+    return TrainingError(f"the worker ended with status {statuses[0]}\nThe end of its log:\n{log}")
 
 
 def _cores() -> int:
