@@ -16,9 +16,11 @@ from pathlib import Path
 
 from charm_core import errors
 from charm_core.errors import ConfigError, TrainingError, WorkerLostError
+from charm_core.reward_model.jobs import automatic_ranks
 from charm_core.reward_model.post_training_job import PostTrainingConfig
 from charm_core.reward_model.spec import TrainingConfig
 from charm_core.reward_model.workdir import FAILURE, Failure
+from charm_core.reward_model.worker import cores
 from tasks.device_turns import device_turn
 from tasks.process_trees import lines_of, process_tree
 
@@ -49,7 +51,7 @@ def rank_count(config: TrainingConfig | PostTrainingConfig, machines: int = 1) -
         return 1
     gpus = local_gpu_count()
     if config.ranks == "auto":
-        return gpus or min(2, _cores())
+        return automatic_ranks(gpus, cores())
     here, left = divmod(config.ranks, machines)
     if left:
         raise ConfigError(
@@ -88,7 +90,7 @@ def worker_environment(
     if allocator is None:
         allocator = {} if local_gpu_count() else ALLOCATOR
     if config is None or config.threads_per_rank == "auto":
-        threads = max(1, _cores() // (rank_count(config, machines) if config else 1))
+        threads = max(1, cores() // (rank_count(config, machines) if config else 1))
     else:
         threads = config.threads_per_rank
     checkout = str(Path(errors.__file__).parents[1])
@@ -170,10 +172,6 @@ def worker_failure(statuses: Sequence[int], folder: Path, tail: Iterable[str]) -
     if failure:
         return TrainingError(f"the worker failed unexpectedly:\n{failure.message}")
     return TrainingError(f"the worker ended with status {statuses[0]}\nThe end of its log:\n{log}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_gpu_count() -> int:
