@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from charm_core.errors import ConfigError, ServiceError
 from tasks.addresses import shown_address
+from tasks.nodes import NodeSettings, read_hosts
 from tasks.store import ArtifactStore
 from tasks.tracking import TrackingSettings
 
@@ -25,6 +26,10 @@ _ENVIRONMENT_DEFAULTS = {
     # it is stopped in the middle of its housekeeping, of which it then complains at length
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
 }
+
+
+_PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "HF_HOME", "HF_HUB_OFFLINE")
+"""Beginnings of variables that ranks on other machines get from the flow's: how to talk to each other, where models are."""
 
 
 class RuntimeSettings(BaseSettings):
@@ -59,6 +64,22 @@ class RuntimeSettings(BaseSettings):
         description="Most model processes (training, scoring, answering) at a time on a machine without a GPU; default: no "
         "limit. On a GPU it is always one.",
     )
+    nodes: str | None = Field(
+        default=None,
+        description="Machines that one training spreads over, separated by commas, or a hostfile with one a line; the flow's own "
+        "first, by the name under which the others reach it. Default: the flow's own alone.",
+    )
+    remote_shell: str = Field(
+        default=NodeSettings.model_fields["remote_shell"].default,
+        description="Starts a command on one of the nodes: ssh, or srun within an allocation.",
+    )
+    nodes_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port of the flow's machine where the other nodes wait for orders (python -m tasks.node HOST:PORT), as a "
+        "scheduler has started them; default: they are started through the remote shell.",
+    )
 
     def artifact_store(self) -> ArtifactStore:
         """The artifact store.
@@ -72,6 +93,18 @@ class RuntimeSettings(BaseSettings):
         if "://" not in url:
             url = str(Path(url).expanduser().resolve())
         return ArtifactStore(url=url, work_folder=str(home / "work"))
+
+    def node_settings(self) -> NodeSettings | None:
+        """Over which machines a training is spread; None: it stays on this one.
+
+        Raises:
+            ConfigError: A hostfile cannot be read.
+        """
+        hosts = () if self.nodes is None else read_hosts(self.nodes)
+        if len(hosts) < 2:
+            return None
+        passed_on = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        return NodeSettings(hosts=hosts, remote_shell=self.remote_shell, port=self.nodes_port, environment=passed_on)
 
     def tracking(self) -> TrackingSettings:
         """Where runs are remembered."""

@@ -62,6 +62,32 @@ class NodeSettings(BaseModel):
     environment: dict[str, str] = Field(default={}, description="Variables that ranks on the other machines get too.")
 
 
+def read_hosts(nodes: str) -> tuple[str, ...]:
+    """Names of machines from a list with commas, or from a hostfile such as DeepSpeed's.
+
+    Of a line of a hostfile the first word counts; how many ranks a machine gets, ``training.ranks`` decides.
+
+    Raises:
+        ConfigError: The file cannot be read, or names a machine twice.
+    """
+    if "/" in nodes:
+        try:
+            lines = Path(nodes).expanduser().read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ConfigError(
+                f"the hostfile {nodes} of CHARM_NODES cannot be read: {error.strerror or error}"
+            ) from error
+        hosts = [words[0] for line in lines if (words := line.partition("#")[0].split())]
+    else:
+        hosts = [name.strip() for name in nodes.split(",") if name.strip()]
+    twice = sorted({name for name in hosts if hosts.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"CHARM_NODES names the machine {twice[0]} twice; name each once, ranks are given by training.ranks"
+        )
+    return tuple(hosts)
+
+
 _nodes: ContextVar["_Nodes | None"] = ContextVar("charm_nodes", default=None)
 
 

@@ -89,7 +89,8 @@ def train_reward_model(
     inputs = {"base": base, "pairs": pairs, "ratings": ratings, "config": config}
     work = Path(store.work_folder, content_key("train", 1, inputs))
     work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="charm-training-") as folder, base.local_spec(store) as spec:
+    # tables in the work folder too: of a training over several machines, all see it
+    with tempfile.TemporaryDirectory(prefix="tables-", dir=work) as folder, base.local_spec(store) as spec:
         job = TrainingJob(
             model=spec,
             pairs_path=Path(folder, "pairs.parquet"),
