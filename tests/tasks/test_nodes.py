@@ -179,8 +179,17 @@ def test_machines_that_come_by_themselves_do_so_for_every_training_of_a_flow(job
     assert weights(first) == weights(second) == standalone
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["here", "there"])
-@pytest.mark.parametrize("what", [NODE, LAUNCHER, WORKER], ids=["node", "launcher", "rank"])
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        pytest.param(1, WORKER, id="rank there"),
+        pytest.param(0, WORKER, id="rank here", marks=pytest.mark.slow),
+        pytest.param(1, LAUNCHER, id="launcher there", marks=pytest.mark.slow),
+        pytest.param(0, LAUNCHER, id="launcher here", marks=pytest.mark.slow),
+        pytest.param(1, NODE, id="node there", marks=pytest.mark.slow),
+        pytest.param(0, NODE, id="node here", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_killed_on_one_machine_ends_the_other_and_the_step_is_tried_again(
     job_of, shell, standalone, number, what
 ):
@@ -195,6 +204,7 @@ def test_what_is_killed_on_one_machine_ends_the_other_and_the_step_is_tried_agai
     assert weights(job) == standalone
 
 
+@pytest.mark.slow
 def test_a_machine_that_was_lost_is_replaced_by_another_that_comes(job_of, standalone):
     settings = NodeSettings(hosts=(HERE, "second"), port=free_port())
     job = job_of("replaced")
@@ -210,7 +220,7 @@ def test_a_machine_that_was_lost_is_replaced_by_another_that_comes(job_of, stand
     assert weights(job) == standalone
 
 
-@pytest.mark.parametrize("way", ["shell", "port"])
+@pytest.mark.parametrize("way", ["shell", pytest.param("port", marks=pytest.mark.slow)])
 def test_cancelling_ends_every_process_on_every_machine(job_of, shell, way):
     job = endless(job_of)
     settings = shell if way == "shell" else NodeSettings(hosts=(HERE, "second"), port=free_port())
@@ -229,7 +239,7 @@ def test_cancelling_ends_every_process_on_every_machine(job_of, shell, way):
         assert machine.poll() is None
 
 
-@pytest.mark.parametrize("way", ["shell", "port"])
+@pytest.mark.parametrize("way", [pytest.param("shell", marks=pytest.mark.slow), "port"])
 def test_all_machines_notice_that_the_flow_was_killed(job_of, shell, tmp_path, way):
     job = endless(job_of)
     settings = shell if way == "shell" else NodeSettings(hosts=(HERE, "second"), port=free_port())

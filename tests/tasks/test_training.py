@@ -1,5 +1,7 @@
 """The step that fine-tunes, for reward models that are not plain classifiers: store in, store out."""
 
+import logging
+
 import pytest
 
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
@@ -45,3 +47,34 @@ def test_a_reward_model_is_checked_trained_stored_and_scored_with(tmp_path, kind
     assert (report.kind, [one.rule for one in report.findings]) == (becomes, ["memory"])
     scored = score_responses.function(store, trained.model, asked)
     assert store.read_table(scored.scores, SCORES).height == responses.height
+
+
+def test_what_the_processes_print_is_logged_line_by_line_while_they_work(tmp_path):
+    store = ArtifactStore(url=str(tmp_path / "store"), work_folder=str(tmp_path / "work"))
+    model = identify_reward_model(RewardModelSpec(path=str(save_value_head(tmp_path / "rm")), max_length=64))
+    config = TrainingConfig(zero_stage=None, pairs_per_step=8, micro_batch_tokens=150, threads_per_rank=1)
+    lines: dict[str, bool] = {}
+
+    class Seen(logging.Handler):
+        """Which lines came, and whether the training was over by then."""
+
+        def emit(self, record):
+            over = any((tmp_path / "work").glob("train-*/progress/finished.json"))
+            lines[record.getMessage().partition(": loss")[0]] = over
+
+    # outside of a Prefect run; within one it is the run's own logger, see tasks.publishing.run_logger
+    logger, handler = logging.getLogger("charm"), Seen()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        trained = train_reward_model.function(
+            store, "tiny", model, store.write_table(pairs_table(), PAIRS), None, config
+        )
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    steps = [line for line in lines if " step " in line]
+    assert [line.rpartition(": ")[2] for line in steps] == [
+        f"step {number} of {trained.summary.steps}" for number in range(1, trained.summary.steps + 1)
+    ]
+    assert next(lines[line] for line in steps) is False
