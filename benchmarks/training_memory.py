@@ -73,22 +73,32 @@ def save_pairs(path: Path, tokens: int) -> Path:
     return path
 
 
+def _is_launcher(process: psutil.Process) -> bool:
+    return "torch.distributed.run" in process.cmdline()
+
+
 @contextmanager
 def watched() -> Iterator[list[int]]:
     """The most anonymous memory that any one worker held, in bytes: the one element of the list, at the end."""
     most, stop = [0], threading.Event()
 
     def look() -> None:
-        while not stop.wait(0.02):
-            for process in psutil.Process().children(recursive=True):
+        known: dict[int, Path] = {}
+        while not stop.wait(0.02 if known else 1.0):  # to find them takes long
+            if not known:
+                known = {
+                    child.pid: Path(f"/proc/{child.pid}/status")
+                    for child in psutil.Process().children(recursive=True)
+                    if "charm_core.reward_model.worker" in child.cmdline() and not _is_launcher(child)
+                }
+            for pid, status in list(known.items()):
                 try:
-                    words = process.cmdline()
-                    if "charm_core.reward_model.worker" in words and "torch.distributed.run" not in words:
-                        status = Path(f"/proc/{process.pid}/status").read_text()
-                        held = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-                        most[0] = max(most[0], int(held.split()[1]) * 1024)
-                except (psutil.Error, OSError, StopIteration):
+                    lines = status.read_text().splitlines()
+                    held = next(line for line in lines if line.startswith("RssAnon"))
+                except (OSError, StopIteration):  # it has ended
+                    del known[pid]
                     continue
+                most[0] = max(most[0], int(held.split()[1]) * 1024)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
