@@ -110,9 +110,9 @@ def watched() -> Iterator[list[int]]:
 
 
 def measure(model: Path, pairs: Path, work: Path, settings: dict[str, object]) -> int:
-    """The most that one rank held while it trained."""
+    """The most that one rank held by the end of its last step; what comes then is the saving of the model."""
     config = TrainingConfig(
-        **settings, pairs_per_step=2, micro_batch_tokens=TOKENS * 2, threads_per_rank=1, learning_rate=1e-6
+        **settings, pairs_per_step=2, micro_batch_tokens=TOKENS, threads_per_rank=1, learning_rate=1e-6
     )
     job = TrainingJob(
         model=RewardModelSpec(path=str(model), max_length=2048),
@@ -121,9 +121,11 @@ def measure(model: Path, pairs: Path, work: Path, settings: dict[str, object]) -
         work_dir=work / "progress",
         config=config,
     )
+    by_then: list[int] = []
     with watched() as most:
-        run_training(job)
-    return most[0]
+        run_training(job, lambda _: by_then.append(most[0]))
+    # the last record is written when its step is over
+    return by_then[-1]
 
 
 def main() -> None:

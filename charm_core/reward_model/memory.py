@@ -23,8 +23,9 @@ nothing; with LoRA all layers work as if they were trained.
 A bucket is 50 million parameters at most. Off-loading takes master weights and moments (ZeRO-2, 3), gradients with them, and the resting
 weights (ZeRO-3) from the GPU. Before training every rank holds the whole model, 4 P, on its device.
 
-Not counted: what the allocator leaves unused, the CUDA context and libraries (about 1 GB), attention other than sdpa or
-flash (which keep no tokens × tokens), and a prompt whose texts are more tokens than ``micro_batch_tokens``.
+Not counted: what the allocator leaves unused, the CUDA context and libraries (about 1 GB), attention other than sdpa or flash (which
+keep no tokens × tokens), norms of queries and keys (3 widths more, in Qwen3), a prompt whose texts are more tokens than
+``micro_batch_tokens``, and the end, when rank 0 puts the saved model together in main memory (8 bytes per parameter).
 """
 
 import math
