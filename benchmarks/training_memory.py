@@ -23,6 +23,7 @@ from charm_core.reward_model.jobs import TrainingJob
 from charm_core.reward_model.memory import MemoryPlan, estimate_memory, model_shape
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.stored.files import open_model, read_json
+from tasks import worker_processes
 from tasks.training_launch import run_training
 from tests.charm_core.reward_model.tiny import VOCABULARY, chat_tokenizer, pairs_table
 
@@ -133,6 +134,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", choices=SETTINGS, action="append", help="only these (default: all)")
     chosen = parser.parse_args().settings or list(SETTINGS)
+    # what is freed goes back to the system, so that what is held is what is used
+    worker_processes.ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     print(f"{'':20} {'part':12} {'estimate':>10} {'measured':>10} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
