@@ -47,7 +47,7 @@ from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.kinds import open_files
 from charm_core.reward_model.text_scoring import choose_batching, run_texts
 from flows.settings import CHECKOUT
-from tasks.launching import ALLOCATOR
+from tasks.worker_processes import ALLOCATOR
 
 AGREE = {"float32": 1e-4, "bfloat16": 0.25}
 WAIT = 0.02

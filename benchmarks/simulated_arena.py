@@ -39,7 +39,7 @@ from charm_core.selection import Selection, select_models
 from charm_core.simulation import SimulatedArena, planted_overvaluation, simulate_arena, truth_accuracy
 from flows.presets import demo, paper
 from flows.runs import CalibrationRun
-from tasks.launching import run_training
+from tasks.training_launch import run_training
 
 COLUMNS = ("mean |MD|", "RMSE", "Spearman", "accuracy", "held-out writers |MD|")
 CONTROL = "control"

@@ -54,7 +54,8 @@ from benchmarks.training_peers import Course, PeerJob
 from charm_core.reward_model.jobs import CurveRecord, TrainingJob
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from flows.settings import CHECKOUT
-from tasks.launching import ALLOCATOR, run_training
+from tasks.training_launch import run_training
+from tasks.worker_processes import ALLOCATOR
 
 SAME_LOSS = 1e-4
 SAMPLE_SECONDS = 0.05

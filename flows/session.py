@@ -17,6 +17,7 @@ from tasks.addresses import shown_address
 from tasks.caching import use_store
 from tasks.device_turns import use_cpu_jobs
 from tasks.ledger import Ledger, keep_ledger, last_ledger
+from tasks.nodes import use_nodes
 from tasks.progress import tell
 from tasks.publishing import publish_link
 from tasks.scoring_settings import use_scoring
@@ -59,6 +60,7 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
     Raises:
         ArtifactError: The store cannot be written.
         ServiceError: The tracking server does not answer.
+        ConfigError: The nodes are not as the environment says.
     """
     if flow_run.id is not None:
         claim_flow_run(UUID(str(flow_run.id)))  # first: a run that is killed before that is shown as running for ever
@@ -76,6 +78,7 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
         stack.enter_context(use_secrets(find_secret))
         stack.enter_context(use_cpu_jobs(runtime.cpu_jobs))
         stack.enter_context(use_scoring(runtime.scoring()))
+        stack.enter_context(use_nodes(runtime.node_settings()))
         run = stack.enter_context(tracked_run(runtime.tracking(), title, tags={**tags, TITLE_TAG: title}))
         ledger = stack.enter_context(keep_ledger(store, title, plain))
         run.log_params(plain)

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from charm_core.errors import ConfigError, ServiceError
 from tasks.addresses import shown_address
+from tasks.nodes import NodeSettings, read_hosts
 from tasks.scoring_settings import RayCluster, ScoringProcesses, ScoringSettings
 from tasks.store import ArtifactStore
 from tasks.tracking import TrackingSettings
@@ -26,6 +27,10 @@ _ENVIRONMENT_DEFAULTS = {
     # it is stopped in the middle of its housekeeping, of which it then complains at length
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
 }
+
+
+_PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "HF_HOME", "HF_HUB_OFFLINE")
+"""Beginnings of variables that ranks on other machines get from the flow's: how to talk to each other, where models are."""
 
 
 class RuntimeSettings(BaseSettings):
@@ -81,6 +86,22 @@ class RuntimeSettings(BaseSettings):
     ray_gpus: int | None = Field(
         default=None, ge=0, description="GPUs of a shard on the Ray cluster; default: one if the cluster has any."
     )
+    nodes: str | None = Field(
+        default=None,
+        description="Machines that one training spreads over, separated by commas, or a hostfile with one a line; the flow's own "
+        "first, by the name under which the others reach it. Default: the flow's own alone.",
+    )
+    remote_shell: str = Field(
+        default=NodeSettings.model_fields["remote_shell"].default,
+        description="Starts a command on one of the nodes: ssh, or srun within an allocation.",
+    )
+    nodes_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port of the flow's machine where the other nodes wait for orders (python -m tasks.node HOST:PORT), as a "
+        "scheduler has started them; default: they are started through the remote shell.",
+    )
 
     def artifact_store(self) -> ArtifactStore:
         """The artifact store.
@@ -117,6 +138,18 @@ class RuntimeSettings(BaseSettings):
             ray = RayCluster(address=self.ray_address, cores=self.ray_cores, gpus=self.ray_gpus)
         processes = ScoringProcesses(number=self.scoring_processes)
         return ScoringSettings(processes=processes, shard_texts=self.shard_texts, ray=ray)
+
+    def node_settings(self) -> NodeSettings | None:
+        """Over which machines a training is spread; None: it stays on this one.
+
+        Raises:
+            ConfigError: A hostfile cannot be read.
+        """
+        hosts = () if self.nodes is None else read_hosts(self.nodes)
+        if len(hosts) < 2:
+            return None
+        passed_on = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        return NodeSettings(hosts=hosts, remote_shell=self.remote_shell, port=self.nodes_port, environment=passed_on)
 
     def tracking(self) -> TrackingSettings:
         """Where runs are remembered."""

@@ -9,6 +9,7 @@ from charm_core.reward_model.findings import Finding, PreflightJob, PreflightRep
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.tables import PROMPTS, RESPONSES
 from tasks.launching import run_preflight
+from tasks.nodes import machine_count
 from tasks.prompts import ResponseSet
 from tasks.scoring import RewardModelRef
 from tasks.scratch import scratch_folder
@@ -45,7 +46,9 @@ def check_before_run(
     """
     with scratch_folder("preflight") as folder, contextlib.ExitStack() as stack:
         spec = stack.enter_context(model.local_spec(store)) if isinstance(model, RewardModelRef) else model
-        job = PreflightJob(model=spec, training=training, report_path=Path(folder, "report.json"))
+        job = PreflightJob(
+            model=spec, training=training, machines=machine_count(), report_path=Path(folder, "report.json")
+        )
         if responses is not None:
             texts = sample_texts(store, responses)
             path = Path(folder, "texts.parquet")

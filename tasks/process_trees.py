@@ -16,12 +16,20 @@ TERMINATE_SECONDS = 5.0
 
 
 @contextmanager
-def process_tree(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process in a group of its own; it and all its descendants have ended when the block is left."""
+def process_tree(
+    command: list[str], environment: dict[str, str] | None, *, stdin: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
+    """A process in a group of its own; it and all its descendants have ended when the block is left.
+
+    Args:
+        command: What to start.
+        environment: With what; none: this process's own.
+        stdin: As ``subprocess`` has it.
+    """
     process = subprocess.Popen(  # noqa: S603 - our own module, no shell
         command,
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

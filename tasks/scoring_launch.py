@@ -24,14 +24,20 @@ from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.workdir import write_text
 from charm_core.reward_model.worker import PROGRESS, identify
 from charm_core.tables import SCORES, validate
-from tasks.launching import LAUNCH, POLL_SECONDS, TAIL_LINES, WORKER, OnLine
-from tasks.launching import _environment as worker_environment
-from tasks.launching import _failure as worker_failure
-from tasks.launching import _gpu_count as local_gpu_count
-from tasks.launching import _turn as turn_on_gpus
 from tasks.process_trees import lines_of, process_tree
 from tasks.scoring_settings import scoring_settings
 from tasks.scratch import scratch_folder
+from tasks.worker_processes import (
+    LAUNCH,
+    POLL_SECONDS,
+    TAIL_LINES,
+    WORKER,
+    OnLine,
+    gpu_turn,
+    local_gpu_count,
+    worker_environment,
+    worker_failure,
+)
 
 OnProgress = Callable[[int, int], None]
 
@@ -63,7 +69,7 @@ def run_scoring(job: ScoringJob, on_progress: OnProgress | None = None, log: OnL
     with scratch_folder("scoring") as folder:
         shares = _share_out(job, processes, folder)
         environments = _environments(environment, len(shares), gpus, cores)
-        with turn_on_gpus(len(shares)):
+        with gpu_turn(len(shares)):
             _run_together(shares, environments, folder, _Progress(shares, on_progress), log)
         if shares != [job]:
             _merge(job, shares)
@@ -161,7 +167,7 @@ class _Scorer:
 
     def failure(self) -> CharmError:
         """Why it failed."""
-        return worker_failure(self.process.returncode, self.folder, list(self.tail))
+        return worker_failure([self.process.returncode], self.folder, self.tail)
 
 
 class _Progress:

@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,15 @@ from charm_core.reward_model.spec import TrainingConfig
 from charm_core.reward_model.workdir import read_curve
 from charm_core.tables import PAIRS, RATINGS
 from tasks.caching import content_key, step
-from tasks.launching import run_training
 from tasks.pace import Pace
 from tasks.progress import Progress
 from tasks.publishing import report_progress, run_logger
 from tasks.scoring import RewardModelRef, worker_was_lost
-from tasks.scratch import scratch_folder
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.tracking import TrackedRun, current_run
+from tasks.training_launch import run_training
 
+_SECONDS_BETWEEN_STEPS = 1.0
 _STEP = re.compile(r"step (\d+) of (\d+): (loss [\d.]+)")
 """How the training tells its steps; see ``charm_core.reward_model.training``."""
 
@@ -95,7 +97,8 @@ def train_reward_model(
     inputs = {"base": base, "pairs": pairs, "ratings": ratings, "config": config}
     work = Path(store.work_folder, content_key("train", 1, inputs))
     work.mkdir(parents=True, exist_ok=True)
-    with scratch_folder("training") as folder, base.local_spec(store) as spec:
+    # tables in the work folder too: of a training over several machines, all see it
+    with tempfile.TemporaryDirectory(prefix="tables-", dir=work) as folder, base.local_spec(store) as spec:
         job = TrainingJob(
             model=spec,
             pairs_path=Path(folder, "pairs.parquet"),
@@ -113,18 +116,23 @@ def train_reward_model(
 
 
 def _shown_steps(progress: Progress) -> Callable[[str], None]:
-    """What to do with a line of the training's log: keep it in Prefect, or show how far it says that the training is.
+    """What to do with a line of the training's log: keep it in Prefect, and show how far it says that the training is.
 
-    A line for each of many thousand steps would be a load on Prefect's server, and nobody reads them there: its log has how far
-    the training is now and then, and the log in the work folder has every line.
+    Of steps that follow one another faster than once a second only some are kept there: thousands of lines would be a load on
+    Prefect's server, and nobody reads them. The log in the work folder has every line.
     """
     keep = run_logger().info
+    due = time.monotonic()
 
     def line(text: str) -> None:
-        if found := _STEP.search(text):
+        nonlocal due
+        found = _STEP.search(text)
+        if found is not None:
             progress(int(found[1]), int(found[2]), found[3])
-        else:
-            keep("%s", text)
+            if time.monotonic() < due:
+                return
+            due = time.monotonic() + _SECONDS_BETWEEN_STEPS
+        keep("%s", text)
 
     return line
 

@@ -14,7 +14,7 @@ SLOW = {"mlflow", "matplotlib", "datasets", "huggingface_hub", "openai", "vllm",
 """Imported only where they are used: they take long, and the command line's help needs none of them."""
 READS_ENVIRONMENT = {"flows/settings.py"}
 MAY_USE_ENVIRONMENT = {
-    "tasks/launching.py": "_environment",  # passes it on to child processes
+    "tasks/worker_processes.py": "worker_environment",  # passes it on to child processes
     "charm_core/reward_model/worker.py": "_rank",  # torchrun tells a rank its number in the environment
 }
 """File to the one function in it."""

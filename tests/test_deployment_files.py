@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from flows.runs import CalibrationRun
+from flows.settings import RuntimeSettings
+from tasks.nodes import read_hosts
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOYMENTS = ROOT / "deployments"
@@ -211,7 +213,8 @@ def test_scripts_are_sound(script: Path):
 
 
 def options_of(command: list[str]) -> list[str]:
-    return [word.removeprefix("--") for word in command if word.startswith("--") and "." in word]
+    words = " ".join(command).split()
+    return [word.removeprefix("--") for word in words if word.startswith("--") and "." in word]
 
 
 def is_setting(option: str) -> bool:
@@ -232,11 +235,11 @@ class TestKubernetes:
         done = run_tool("kubernetes-validate", "--strict", path)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    @pytest.mark.parametrize("name", ["worker.yaml", "calibrate-job.yaml"])
+    @pytest.mark.parametrize("name", ["worker.yaml", "calibrate-job.yaml", "calibrate-job-nodes.yaml"])
     def test_pods(self, name: str):
-        pod = yaml.safe_load((DEPLOYMENTS / "kubernetes" / name).read_text())["spec"]["template"]["spec"]
+        pod = workload(name)["spec"]["template"]["spec"]
         (container,) = pod["containers"]
-        claim = yaml.safe_load((DEPLOYMENTS / "kubernetes" / "storage.yaml").read_text())["metadata"]["name"]
+        claim = workload("storage.yaml")["metadata"]["name"]
         assert pod["securityContext"]["runAsNonRoot"]
         assert claim in {volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -245,17 +248,53 @@ class TestKubernetes:
         assert not [one for one in container["env"] if re.search(r"PASSWORD|TOKEN|KEY|AUTH", one["name"])]
         assert all(is_setting(option) for option in options_of(container["command"]))
 
-    def test_the_gpus_of_the_job_are_asked_for_and_limited_alike(self):
-        job = yaml.safe_load((DEPLOYMENTS / "kubernetes" / "calibrate-job.yaml").read_text())
-        resources = job["spec"]["template"]["spec"]["containers"][0]["resources"]
+    @pytest.mark.parametrize("name", ["calibrate-job.yaml", "calibrate-job-nodes.yaml"])
+    def test_the_gpus_of_a_job_are_asked_for_and_limited_alike(self, name: str):
+        resources = workload(name)["spec"]["template"]["spec"]["containers"][0]["resources"]
         assert resources["requests"]["nvidia.com/gpu"] == resources["limits"]["nvidia.com/gpu"] == "8"
 
+    def test_the_pods_of_several_nodes_know_each_other_by_name(self):
+        service, job = yaml.safe_load_all((DEPLOYMENTS / "kubernetes" / "calibrate-job-nodes.yaml").read_text())
+        spec, pod = job["spec"], job["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        environment = {one["name"]: one["value"] for one in container["env"]}
+        # as Kubernetes names the pods of an indexed job that has a headless service
+        assert spec["completionMode"] == "Indexed"
+        assert service["spec"]["clusterIP"] == "None"
+        names = [f"{job['metadata']['name']}-{number}.{pod['subdomain']}" for number in range(spec["completions"])]
+        assert read_hosts(environment["CHARM_NODES"]) == tuple(names)
+        assert pod["subdomain"] == service["metadata"]["name"]
+        assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+        assert spec["parallelism"] == spec["completions"]
+        assert {name for name in environment if name.startswith("CHARM_")} <= variables()
 
-def test_slurm_asks_for_one_node_as_long_as_training_cannot_use_more():
+    def test_the_script_of_several_nodes_is_sound(self):
+        container = workload("calibrate-job-nodes.yaml")["spec"]["template"]["spec"]["containers"][0]
+        shell, options, script = container["command"]
+        assert (shell, options) == ("bash", "-euc")
+        done = subprocess.run(
+            [str(TOOLS / "shellcheck"), "--shell=bash", "-"], input=script, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (0, "")
+        assert "python -m tasks.node" in script
+
+
+def workload(name: str) -> Config:
+    """The last document of a manifest."""
+    return list(yaml.safe_load_all((DEPLOYMENTS / "kubernetes" / name).read_text()))[-1]
+
+
+def variables() -> set[str]:
+    """The environment variables that CHARM knows."""
+    return {f"CHARM_{name.upper()}" for name in RuntimeSettings.model_fields}
+
+
+def test_slurm_spreads_a_training_over_the_nodes_that_it_asks_for():
     text = (DEPLOYMENTS / "slurm" / "calibrate.sbatch").read_text()
     asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", text, re.MULTILINE))
-    assert (asked["nodes"], asked["ntasks"]) == ("1", "1")
-    assert '"--standalone"' in (ROOT / "tasks" / "launching.py").read_text()
+    assert (int(asked["nodes"]) > 1, asked["ntasks-per-node"]) == (True, "1")
     (command,) = re.findall(r"-m flows.calibrate (.*) &$", text, re.MULTILINE)
     assert options_of(command.split()) == ["training.ranks"]
     assert all(is_setting(option) for option in options_of(command.split()))
+    exported = set(re.findall(r"^(?:export )?(CHARM_[A-Z_]+)=", text, re.MULTILINE))
+    assert exported == {"CHARM_HOME", "CHARM_NODES", "CHARM_REMOTE_SHELL"} <= variables()

@@ -59,4 +59,5 @@ class PreflightJob(BaseModel):
     texts_path: Path | None = Field(default=None, description="Parquet with messages and response, a sample.")
     texts_in_all: int = Field(default=0, description="Texts that the sample stands for.")
     training: TrainingConfig | None = Field(default=None, description="How it is to be fine-tuned, if it is.")
+    machines: int = Field(default=1, ge=1, description="Over how many machines like this one.")
     report_path: Path = Field(description="Where the report goes as JSON.")

@@ -105,6 +105,11 @@ class TrainingOutcome(BaseModel):
     )
 
 
+def automatic_ranks(gpus: int, cores: int) -> int:
+    """What ``ranks = "auto"`` means on a machine."""
+    return gpus or min(2, cores)
+
+
 class ProcessIdentity(BaseModel):
     """A process, told apart from a later one with the same number by its start time."""
 

@@ -26,6 +26,7 @@ from charm_core.reward_model.post_training_job import PostTrainingJob, TinyPolic
 from charm_core.reward_model.workdir import FAILURE, Failure, write_text
 
 if TYPE_CHECKING:
+    from charm_core.reward_model.preflight.facts import Machine
     from charm_core.reward_model.ranks import Rank
 
 logger = logging.getLogger("charm_core.reward_model.worker")
@@ -93,6 +94,11 @@ def is_alive(process: ProcessIdentity) -> bool:
         return bool(abs(_started(found) - process.started) < 2 and found.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _started(process: psutil.Process) -> float:
@@ -179,8 +185,23 @@ def _look(job: PreflightJob) -> None:
 
     transformers_logging.set_verbosity_error()
     texts = [] if job.texts_path is None else pl.read_parquet(job.texts_path).select("messages", "response").rows()
-    report = preflight(job.model, texts, texts_in_all=job.texts_in_all, training=job.training)
+    machine = None if job.training is None else _machine(job.machines)
+    report = preflight(job.model, texts, texts_in_all=job.texts_in_all, training=job.training, machine=machine)
     write_text(job.report_path, report.model_dump_json(indent=1))
+
+
+def _machine(machines: int) -> "Machine":
+    from charm_core.reward_model.devices import gpu_bytes
+    from charm_core.reward_model.preflight.facts import Machine
+
+    each = gpu_bytes()
+    return Machine(
+        gpus=len(each),
+        gpu_bytes=min(each, default=0),
+        memory_bytes=psutil.virtual_memory().total,
+        cores=cores(),
+        machines=machines,
+    )
 
 
 def _generate(job: GenerationJob) -> None:

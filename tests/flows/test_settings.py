@@ -124,3 +124,35 @@ def test_a_ray_cluster_needs_a_prefect_server(monkeypatch: pytest.MonkeyPatch):
         pytest.raises(ConfigError, match="CHARM_RAY_ADDRESS=head:6379, but no Prefect server is named"),
     ):
         RuntimeSettings().scoring()
+
+
+def test_a_training_stays_on_one_machine_unless_several_are_named(monkeypatch: pytest.MonkeyPatch):
+    assert RuntimeSettings().node_settings() is None
+    monkeypatch.setenv("CHARM_NODES", "alone")
+    assert RuntimeSettings().node_settings() is None
+
+
+def test_machines_come_from_a_list_or_a_hostfile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("CHARM_NODES", "first, second")
+    monkeypatch.setenv("CHARM_NODES_PORT", "29400")
+    found = RuntimeSettings().node_settings()
+    assert found is not None
+    assert (found.hosts, found.port) == (("first", "second"), 29400)
+    assert found.environment["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert "HF_TOKEN" not in found.environment
+
+    (tmp_path / "hostfile").write_text("first slots=8  # here\n\n# the others\nsecond slots=8\nthird slots=8\n")
+    monkeypatch.setenv("CHARM_NODES", str(tmp_path / "hostfile"))
+    monkeypatch.setenv("CHARM_REMOTE_SHELL", "srun --nodelist")
+    found = RuntimeSettings().node_settings()
+    assert found is not None
+    assert (found.hosts, found.remote_shell) == (("first", "second", "third"), "srun --nodelist")
+
+
+@pytest.mark.parametrize(("nodes", "message"), [("./absent", "cannot be read"), ("a,b,a", "names the machine a twice")])
+def test_machines_that_are_not_told_rightly(monkeypatch: pytest.MonkeyPatch, nodes: str, message: str):
+    monkeypatch.setenv("CHARM_NODES", nodes)
+    with pytest.raises(ConfigError, match=message):
+        RuntimeSettings().node_settings()

@@ -17,8 +17,9 @@ from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.workdir import CURVE, append_curve, curve_line, read_curve
 from charm_core.reward_model.worker import identify, is_alive
-from tasks.launching import CurveReader, rank_count, run_training
 from tasks.scoring_launch import run_scoring
+from tasks.training_launch import CurveReader, run_training
+from tasks.worker_processes import rank_count
 from tests.charm_core.reward_model.tiny import pairs_table, prompts_and_responses, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +104,7 @@ def test_workers_end_when_their_parent_is_killed(job, tmp_path):
     job = endless(job)
     (tmp_path / "job.json").write_text(job.model_dump_json())
     script = (
-        "import sys; from pathlib import Path; from tasks.launching import run_training, TrainingJob\n"
+        "import sys; from pathlib import Path; from tasks.training_launch import run_training, TrainingJob\n"
         "run_training(TrainingJob.model_validate_json(Path(sys.argv[1]).read_text()))"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "job.json")], cwd=ROOT)
@@ -189,7 +190,7 @@ def test_the_number_of_ranks():
 
 
 def test_more_ranks_than_gpus_is_an_error(monkeypatch):
-    monkeypatch.setattr("tasks.launching._gpu_count", lambda: 2)
+    monkeypatch.setattr("tasks.worker_processes.local_gpu_count", lambda: 2)
     assert rank_count(TrainingConfig()) == 2
     with pytest.raises(ConfigError, match="this machine has 2 GPUs"):
         rank_count(TrainingConfig(ranks=3))
@@ -207,7 +208,7 @@ def test_a_process_is_known_by_its_start_too():
 
 def test_launching_and_specs_import_no_torch_and_no_prefect():
     code = (
-        "import sys, json, tasks.launching, charm_core.reward_model.spec\n"
+        "import sys, json, tasks.launching, tasks.training_launch, charm_core.reward_model.spec\n"
         "print(json.dumps([name for name in ('torch', 'transformers', 'deepspeed', 'prefect') if name in sys.modules]))"
     )
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout

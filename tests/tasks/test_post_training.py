@@ -163,7 +163,7 @@ class TestTheLoop:
         def nothing(*_: object, **__: object) -> None:
             raise AssertionError("a process was started")
 
-        monkeypatch.setattr("tasks.launching._run", nothing)
+        monkeypatch.setattr("tasks.launching.run_worker", nothing)
         with use_store(looped.store) as store:
             assert loop(store) == looped
 

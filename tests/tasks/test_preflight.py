@@ -29,7 +29,8 @@ def test_a_sound_model_and_what_it_is_to_score(store, tmp_path):
     responses = response_set(store, *prompts_and_responses(100))
     model = identify_reward_model(RewardModelSpec(path=str(save_value_head(tmp_path / "rm"))))
     report = check_before_run(store, model, responses, TrainingConfig())
-    assert report.findings == ()
+    # a tiny model fits anywhere
+    assert [(one.rule, one.severity) for one in report.findings] == [("memory", "info")]
     assert (report.kind, report.texts, report.texts_in_all) == ("value_head", MOST_TEXTS, 300)
     report.raise_on_errors()
 

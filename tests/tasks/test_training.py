@@ -29,7 +29,7 @@ def test_a_reward_model_is_checked_trained_stored_and_scored_with(tmp_path, kind
     config = TrainingConfig(
         zero_stage=zero_stage, learning_rate=3e-3, pairs_per_step=8, micro_batch_tokens=150, **ranks
     )
-    assert check_before_run(store, model, None, config).findings == ()
+    assert [one.rule for one in check_before_run(store, model, None, config).findings] == ["memory"]
 
     pairs = store.write_table(pairs_table(), PAIRS)
     trained = train_reward_model.function(store, "tiny", model, pairs, None, config)
@@ -44,17 +44,50 @@ def test_a_reward_model_is_checked_trained_stored_and_scored_with(tmp_path, kind
         prompts=store.write_table(prompts, PROMPTS), responses=store.write_table(responses, RESPONSES), policy_models=("a", "b", "c")
     )  # fmt: skip
     report = check_before_run(store, trained.model, asked, config)
-    assert (report.kind, report.findings) == (becomes, ())
+    assert (report.kind, [one.rule for one in report.findings]) == (becomes, ["memory"])
     scored = score_responses.function(store, trained.model, asked)
     assert store.read_table(scored.scores, SCORES).height == responses.height
 
 
-def test_a_line_about_a_step_is_progress_and_any_other_is_logged(caplog: pytest.LogCaptureFixture):
+def test_lines_are_logged_but_of_fast_steps_only_some(caplog: pytest.LogCaptureFixture):
     """A run in Prefect has what a person reads, not a line for each of many thousand steps."""
     told = []
     line = _shown_steps(lambda done, total, note="": told.append((done, total, note)))
     with caplog.at_level(logging.INFO):
         line("rank 0: step 7 of 90: loss 0.6931, accuracy 0.500, 1000 tokens/s")
+        line("rank 0: step 8 of 90: loss 0.6930, accuracy 0.500, 1000 tokens/s")
         line("evaluated: accuracy 75% of pairs")
-    assert told == [(7, 90, "loss 0.6931")]
-    assert [record.getMessage() for record in caplog.records] == ["evaluated: accuracy 75% of pairs"]
+    assert told == [(7, 90, "loss 0.6931"), (8, 90, "loss 0.6930")]
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        "rank 0: step 7 of 90: loss 0.6931",
+        "evaluated: accuracy 75% of pairs",
+    ]
+
+
+def test_what_the_processes_print_is_logged_line_by_line_while_they_work(tmp_path):
+    store = ArtifactStore(url=str(tmp_path / "store"), work_folder=str(tmp_path / "work"))
+    model = identify_reward_model(RewardModelSpec(path=str(save_value_head(tmp_path / "rm")), max_length=64))
+    config = TrainingConfig(zero_stage=None, pairs_per_step=8, micro_batch_tokens=150, threads_per_rank=1)
+    lines: dict[str, bool] = {}
+
+    class Seen(logging.Handler):
+        """Which lines came, and whether the training was over by then."""
+
+        def emit(self, record):
+            over = any((tmp_path / "work").glob("train-*/progress/finished.json"))
+            lines[record.getMessage().partition(": loss")[0]] = over
+
+    # outside of a Prefect run; within one it is the run's own logger, see tasks.publishing.run_logger
+    logger, handler = logging.getLogger("charm"), Seen()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        trained = train_reward_model.function(
+            store, "tiny", model, store.write_table(pairs_table(), PAIRS), None, config
+        )
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    steps = [line for line in lines if " step " in line]
+    assert steps[0].rpartition(": ")[2] == f"step 1 of {trained.summary.steps}"
+    assert next(lines[line] for line in steps) is False

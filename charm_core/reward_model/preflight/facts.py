@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from charm_core.reward_model.findings import Finding, Severity
+from charm_core.reward_model.jobs import automatic_ranks
 from charm_core.reward_model.rendering import with_system_prompt
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.stored.files import StoredModel, read_json
@@ -17,6 +18,25 @@ ANSWER: Message = {"role": "assistant", "content": "Paris."}
 
 Text = tuple[Sequence[Message], str]
 """A prompt and a response."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a fine-tuning is to run on."""
+
+    gpus: int
+    gpu_bytes: int
+    """Memory of the smallest GPU; 0 without one."""
+    memory_bytes: int
+    cores: int
+    machines: int = 1
+    """How many such machines there are."""
+
+    def ranks(self, training: TrainingConfig) -> int:
+        """How many processes the settings mean here."""
+        if training.zero_stage is None:
+            return 1
+        return automatic_ranks(self.gpus, self.cores) * self.machines if training.ranks == "auto" else training.ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +55,8 @@ class Facts:
     texts: tuple[Text, ...] = ()
     texts_in_all: int = 0
     training: TrainingConfig | None = None
+    machine: Machine | None = None
+    """Where it is to be fine-tuned, if that is known."""
 
     @property
     def max_length(self) -> int:

@@ -1,12 +1,13 @@
 """All rules, one after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from charm_core.errors import ModelError
 from charm_core.reward_model.findings import Finding, PreflightReport
-from charm_core.reward_model.preflight import numbers, task, template, tokens
-from charm_core.reward_model.preflight.facts import Facts, Text, finding
+from charm_core.reward_model.preflight import numbers, room, task, template, tokens
+from charm_core.reward_model.preflight.facts import Facts, Machine, Text, finding
 from charm_core.reward_model.pretrained import load_tokenizer, model_limit
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.stored.checks import stored_findings
@@ -24,6 +25,7 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     numbers.attention_kernel,
     task.kind_can_train,
     task.enough_layers,
+    room.training_fits,
 )
 RULES_OF_TEXTS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     tokens.bos_doubled,
@@ -45,6 +47,7 @@ def preflight(
     *,
     texts_in_all: int | None = None,
     training: TrainingConfig | None = None,
+    machine: Machine | None = None,
 ) -> PreflightReport:
     """Look at a reward model and at what is to be done with it, without loading its weights.
 
@@ -53,6 +56,7 @@ def preflight(
         texts: Prompts and responses that it is to score, or a sample of them.
         texts_in_all: How many the sample stands for.
         training: How it is to be fine-tuned, if it is.
+        machine: Where, if that is known: then it is judged whether there is memory enough.
 
     Returns:
         What there is to say, the worst first. A model that cannot be used is an error in it, not an exception.
@@ -68,7 +72,8 @@ def preflight(
         return report.model_copy(update={"findings": (finding("files", "error", str(error)),)})
     found = list(stored_findings(files, spec))
     try:
-        facts = _facts(spec, files, texts, in_all, training)
+        facts = _facts(spec, files, texts, in_all)
+        facts = replace(facts, training=training, machine=machine)
     except ModelError as error:
         # What keeps a config or tokenizer from being read has mostly been found in the files already.
         if not any(one.severity == "error" for one in found):
@@ -79,9 +84,7 @@ def preflight(
     return report.model_copy(update={"kind": files.kind, "findings": tuple(found)})
 
 
-def _facts(
-    spec: RewardModelSpec, files: ModelFiles, texts: Sequence[Text], in_all: int, training: TrainingConfig | None
-) -> Facts:
+def _facts(spec: RewardModelSpec, files: ModelFiles, texts: Sequence[Text], in_all: int) -> Facts:
     tokenizer = load_tokenizer(files, spec, in_haste=True)
     config = files.backbone.config.get("text_config", files.backbone.config)
     return Facts(
@@ -92,7 +95,6 @@ def _facts(
         limit=model_limit(config.get("max_position_embeddings"), tokenizer),
         texts=tuple(texts),
         texts_in_all=in_all,
-        training=training,
     )
 
 

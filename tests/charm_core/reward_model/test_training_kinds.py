@@ -17,7 +17,7 @@ from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.text_scoring import score_texts
 from charm_core.reward_model.training import train
 from charm_core.reward_model.workdir import read_curve
-from tasks.launching import run_training
+from tasks.training_launch import run_training
 from tests.charm_core.reward_model.kinds import (
     change_json,
     save_adapter,

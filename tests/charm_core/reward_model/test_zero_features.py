@@ -15,7 +15,7 @@ from charm_core.reward_model.ranks import Rank
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.training import train
 from charm_core.reward_model.workdir import broken_file, checkpoint_steps, read_curve
-from tasks.launching import run_training
+from tasks.training_launch import run_training
 from tests.charm_core.reward_model.killing import kill_a_rank_at
 from tests.charm_core.reward_model.tiny import held_out_margin, pairs_table, save_model
 

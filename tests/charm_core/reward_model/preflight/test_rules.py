@@ -1,6 +1,7 @@
 """Every rule: a fault that it must find, with a sentence that says what to do; and sound models on which all are silent."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from tokenizers import processors
 
 from charm_core.errors import ModelError
 from charm_core.reward_model.loading import load_reward_model
+from charm_core.reward_model.memory import MemoryPlan, ModelShape
+from charm_core.reward_model.preflight.facts import Machine
+from charm_core.reward_model.preflight.room import advice
 from charm_core.reward_model.preflight.run import preflight
 from charm_core.reward_model.pretrained import load_tokenizer
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
@@ -577,3 +581,70 @@ def test_the_worst_comes_first_and_errors_are_raised_together(tmp_path):
     with pytest.raises(ModelError, match=r"(?s)flash_attn is not installed.*has 2 layers"):
         report.raise_on_errors()
     assert [one.rule for one in report.warnings] == ["length"]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def a_machine(gigabytes, gpus=0, **changes):
+    size = int(gigabytes * 1e9)
+    settings = {"gpus": gpus, "gpu_bytes": size if gpus else 0, "memory_bytes": size, "cores": 2}
+    return Machine(**(settings | changes))
+
+
+def look_at_training(folder, machine, **settings):
+    return preflight(RewardModelSpec(path=str(folder)), training=TrainingConfig(**settings), machine=machine)
+
+
+def test_a_training_that_fits_says_what_it_needs(rm):
+    found = only(look_at_training(rm, a_machine(80, gpus=8)), "memory", "info", "each of 8 GPUs", "that fits")
+    assert "a GPU here has 80 GB" in found.message
+    only(
+        look_at_training(rm, a_machine(24), zero_stage=None), "memory", "info", "one process", "this machine has 24 GB"
+    )
+    only(look_at_training(rm, a_machine(24, machines=3)), "memory", "info", "each of 6 processes")
+
+
+def test_a_training_that_cannot_fit_is_an_error(tmp_path):
+    # 9.6 million parameters: 154 MB of weights, gradients and moments in one process, 38 MB to load
+    folder = save_model(tmp_path / "rm", vocab_size=300_000)
+    for gigabytes, severity, said in ((0.15, "error", "that cannot fit"), (2, "info", "that fits")):
+        report = look_at_training(folder, a_machine(gigabytes, gpus=1), zero_stage=None, micro_batch_tokens=100)
+        (found,) = [one for one in report.findings if one.rule == "memory"]
+        assert (found.severity, said in found.message) == (severity, True)
+
+
+def test_where_only_the_activations_are_too_much_it_is_a_warning(rm):
+    report = look_at_training(rm, a_machine(80, gpus=1), zero_stage=None, micro_batch_tokens=50_000_000)
+    found = only(report, "memory", "warning", "that may not fit", "activations")
+    tokens = int(re.search(r"training.micro_batch_tokens of at most ([\d,]+)$", found.message)[1].replace(",", ""))
+    assert 10_000_000 < tokens < 50_000_000
+    only(
+        look_at_training(rm, a_machine(80, gpus=1), zero_stage=None, micro_batch_tokens=tokens),
+        "memory",
+        "info",
+        "fits",
+    )
+
+
+def test_what_would_fit_is_told_by_gpus_and_settings():
+    # Llama-3.1-8B, whose state alone is 120 GB without ZeRO
+    layer = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
+    shape = ModelShape(
+        parameters=7_504_928_768,
+        layers=(218_112_000,) * 32,
+        linear=(layer,) * 32,
+        head=4096,
+        width=4096,
+        inner_width=14336,
+        gated=True,
+    )
+    plan = MemoryPlan(zero_stage=None, ranks=1, bfloat16=True, micro_batch_tokens=8192)
+    told = advice(shape, plan, a_machine(80, gpus=8))
+    assert told.startswith("What would do: 4 x 80 GB with training.zero_stage = 3 and training.gradient_checkpointing")
+    small = advice(shape, plan, a_machine(24, gpus=8))
+    assert small.startswith("No number of such GPUs is enough: every rank first loads the whole model, 30 GB")
+
+
+def test_where_the_machine_is_unknown_memory_is_not_judged(rm):
+    assert look_at_training(rm, None).findings == ()
