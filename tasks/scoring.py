@@ -165,7 +165,7 @@ def worker_was_lost(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> 
     return isinstance(state.result(raise_on_failure=False), WorkerLostError)
 
 
-@step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
+@step(version=2, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
 def score_responses(store: ArtifactStore, model: RewardModelRef, responses: ResponseSet) -> Scored:
     """Score responses in processes of their own; many of them shard by shard, wherever the settings say.
 
@@ -187,7 +187,7 @@ def score_responses(store: ArtifactStore, model: RewardModelRef, responses: Resp
     return _joined(store, scored)
 
 
-@step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
+@step(version=2, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
 def score_responses_shard(
     store: ArtifactStore, model: RewardModelRef, shard: ShardToScore, processes: ScoringProcesses
 ) -> Scored:

@@ -75,7 +75,7 @@ class TrainedModel(BaseModel):
     summary: TrainingSummary
 
 
-@step(version=1, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
+@step(version=2, retries=2, retry_delay_seconds=5, retry_condition_fn=worker_was_lost)
 def train_reward_model(
     store: ArtifactStore,
     name: str,
@@ -95,7 +95,7 @@ def train_reward_model(
         config: How.
     """
     inputs = {"base": base, "pairs": pairs, "ratings": ratings, "config": config}
-    work = Path(store.work_folder, content_key("train", 1, inputs))
+    work = Path(store.work_folder, content_key("train", 2, inputs))
     work.mkdir(parents=True, exist_ok=True)
     # tables in the work folder too: of a training over several machines, all see it
     with tempfile.TemporaryDirectory(prefix="tables-", dir=work) as folder, base.local_spec(store) as spec:

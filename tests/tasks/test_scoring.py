@@ -36,7 +36,7 @@ def test_a_classifiers_identity_is_what_it_was_before_there_were_other_kinds(tmp
             "max_prompt_characters": None,
             "min_response_tokens": 64,
             "dtype": "auto",
-            "batch_tokens": 16384,
+            "batch_tokens": "auto",
             "attention": "auto",
             "trust_remote_code": False,
         },

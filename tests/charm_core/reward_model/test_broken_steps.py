@@ -64,7 +64,9 @@ def test_the_micro_batch_is_kept_with_its_tokens_scores_and_losses(job_of):
     data = prepare(pairs.with_columns(split=pl.lit("train")), reward_model.tokenizer, reward_model.spec)
     (group,) = data.train
     with torch.no_grad():
-        scores = reward_model.network(**collate(data.texts, reward_model.pad_token_id, HERE.device))
+        scores = reward_model.network(
+            **collate(data.texts, reward_model.pad_token_id, HERE.device, reward_model.network)
+        )
     for row, (chosen, rejected) in zip(kept.rows(named=True), group.pairs, strict=True):
         assert row["chosen_token_ids"] == list(data.texts[group.texts[chosen]].input_ids)
         assert row["rejected_token_ids"] == list(data.texts[group.texts[rejected]].input_ids)

@@ -135,12 +135,15 @@ def test_a_response_without_its_prompt_is_an_error():
         share_responses(prompts.filter(pl.col("prompt_id") != "p1"), responses, 2)
 
 
-def summary(**changes: float) -> ScoringSummary:
+def summary(**changes: float | str) -> ScoringSummary:
     plain = {
         "texts": 4,
         "distinct_texts": 3,
         "tokens": 90,
+        "computed_tokens": 100,
         "padding_share": 0.1,
+        "batching": "padded",
+        "batch_drift": 1e-7,
         "max_length": 64,
         "longest_text": 30,
         "prompts_cut": 1,
@@ -160,18 +163,26 @@ def test_summaries_add_up_and_ties_are_counted_over_all():
     scores = score_table(
         ("p", "a", 1.0), ("p", "b", 1.0), ("p", "c", 1.5), ("q", "a", 0.0), ("q", "b", 0.25), ("r", "a", 7.0)
     )
-    merged = merge_summaries([summary(), summary(texts=2, tokens=110, padding_share=0.0, longest_text=64)], scores)
+    merged = merge_summaries(
+        [summary(), summary(texts=2, tokens=110, computed_tokens=110, longest_text=64, batch_drift=2e-7)], scores
+    )
     assert merged == summary(
         texts=6,
         distinct_texts=6,
         tokens=200,
+        computed_tokens=210,
         padding_share=1 - 200 / 210,
+        batch_drift=2e-7,
         longest_text=64,
         prompts_cut=2,
         empty_responses=2,
         tie_rate=1 / 4,
         smallest_gap=0.25,
     )
+    shared = summary(computed_tokens=50, padding_share=0.0, batching="packed")
+    assert merge_summaries([shared, shared], scores).padding_share == 0
+    assert merge_summaries([shared, shared], scores).batching == "packed"
+    assert merge_summaries([shared, summary()], scores).batching == "padded"
     assert merge_summaries([summary(tie_rate=1 / 4, smallest_gap=0.25)], scores).tie_rate == ties(scores)[0]
 
 

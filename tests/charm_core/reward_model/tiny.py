@@ -181,7 +181,7 @@ def held_out_margin(folder: Path, job: Any) -> float:
     """Mean score of chosen minus rejected over a training job's held-out pairs, by scoring with the model in a folder."""
     from charm_core.reward_model.loading import load_reward_model
     from charm_core.reward_model.plan import prepare
-    from charm_core.reward_model.scoring import score_texts
+    from charm_core.reward_model.text_scoring import score_texts
 
     model = load_reward_model(job.model.saved_at(str(folder)))
     data = prepare(pl.read_parquet(job.pairs_path), model.tokenizer, model.spec)

@@ -113,7 +113,7 @@ def test_settings_that_came_later_are_left_out_of_identities_where_they_have_the
         "max_prompt_characters": None,
         "min_response_tokens": 64,
         "dtype": "auto",
-        "batch_tokens": 16384,
+        "batch_tokens": "auto",
         "attention": "auto",
         "trust_remote_code": False,
     }
@@ -123,6 +123,9 @@ def test_settings_that_came_later_are_left_out_of_identities_where_they_have_the
         "system_prompt": "s",
         "chat_template": "{{ x }}",
         "dpo_beta": 0.2,
+        "batching": "padded",
+        "compile": True,
+        "strict": True,
     }
     settings = RewardModelSpec(path="rm", **given).settings(exclude={"path"})
     assert given.items() <= settings.items()
