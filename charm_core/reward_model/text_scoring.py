@@ -7,6 +7,7 @@ is reported.
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -74,22 +75,19 @@ def choose_batching(
     probe = _probe(texts, owners)
     some, whose = [texts[index] for index in probe], [owners[index] for index in probe]
     alone = [_forward(model, [_single(number)], some)[0].item() for number in range(len(some))]
-    refusal = _set_otherwise(model) or _refusal(model, some, whose, alone)
-    if isinstance(refusal, float):
+    refusal = _set_otherwise(model)
+    check = _try_packing(model, some, whose, alone) if refusal is None else _padded_check(model, some, alone, refusal)
+    if check.refusal is None:
         packed = replace(model, packed=True, compiled=compiled)
         if compiled:
             compile_layers(model.network)
-            refusal = _drift(packed, some, whose, alone)
-        return packed, BatchingCheck(texts=len(some), drift=refusal, refusal=None)
+            check = replace(check, drift=_drift(packed, some, whose, alone))
+        return packed, check
     if model.spec.batching == "packed":
         raise ModelError(
-            f"the reward model {model.spec.path!r} cannot take packed rows: {refusal}; set batching='auto'"
+            f"the reward model {model.spec.path!r} cannot take packed rows: {check.refusal}; set batching='auto'"
         )
-    if model.spec.batching == "auto":
-        logger.info("texts are padded, not packed: %s", refusal)
-    together = _forward(model, [_single(number) for number in range(len(some))], some).tolist()
-    drift = max(abs(one - other) for one, other in zip(alone, together, strict=True))
-    return model, BatchingCheck(texts=len(some), drift=drift, refusal=refusal)
+    return model, check
 
 
 def _set_otherwise(model: RewardModel) -> str | None:
@@ -101,24 +99,35 @@ def _set_otherwise(model: RewardModel) -> str | None:
     return None if spec.attention == "auto" else f"attention is {spec.attention!r}"
 
 
-def _refusal(
+def _try_packing(
     model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashable], alone: Sequence[float]
-) -> str | float:
-    """Why the model cannot take packed rows; or, if it can, the drift. Then it takes only those."""
+) -> BatchingCheck:
+    """Score some texts in a packed row; from then on the network takes only such rows, or none."""
     transformer = model.network.packable
-    before = getattr(getattr(transformer, "config", None), "_attn_implementation", None)
+    if transformer is None:
+        return _padded_check(model, some, alone, "this kind of reward model takes no packed rows")
+    before = transformer.config._attn_implementation
     if not let_pack(model.network):
-        return "its transformer does not get its attention through transformers' interface"
+        refusal = "its transformer does not get its attention through transformers' interface"
+        return _padded_check(model, some, alone, refusal)
     try:
         drift = _drift(replace(model, packed=True), some, whose, alone)
     except (ModelError, TypeError) as error:
-        transformer.set_attn_implementation(before)
-        return str(error)
+        drift, refusal = math.nan, str(error)
+    else:
+        refusal = f"a score in a packed row is off by {drift:.2g}"
     allowed = TOLERANCE.get(next(model.network.parameters()).dtype, LOW_PRECISION_TOLERANCE)
-    if not drift <= allowed * max(1.0, *map(abs, alone)):
-        transformer.set_attn_implementation(before)
-        return f"a score in a packed row is off by {drift:.2g}"
-    return drift
+    if drift <= allowed * max(1.0, *map(abs, alone)):
+        return BatchingCheck(texts=len(some), drift=drift, refusal=None)
+    transformer.set_attn_implementation(before)
+    logger.warning("texts are padded, not packed: %s", refusal)
+    return _padded_check(model, some, alone, refusal)
+
+
+def _padded_check(model: RewardModel, some: Sequence[Rendered], alone: Sequence[float], refusal: str) -> BatchingCheck:
+    together = _forward(model, [_single(number) for number in range(len(some))], some).tolist()
+    drift = 0.0 if model.spec.strict else max(abs(one - other) for one, other in zip(alone, together, strict=True))
+    return BatchingCheck(texts=len(some), drift=drift, refusal=refusal)
 
 
 def _drift(model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashable], alone: Sequence[float]) -> float:
