@@ -80,7 +80,7 @@ def _process_count(job: ScoringJob, gpus: int, cores: int) -> int:
     """How many processes are worth it, at most as many as the settings say."""
     wanted = scoring_settings().processes.number
     if wanted is None:
-        # measured on two cores: see benchmarks/scoring_processes.py
+        # measured on two cores: see benchmarks/scoring.py
         wanted = gpus or (min(2, cores) if _is_light(job.model) else 1)
     if gpus and wanted > gpus:
         raise ConfigError(
