@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ServiceError
 from tasks.addresses import shown_address
+from tasks.interrupts import WholeCalls, signals_wait
 from tasks.origin import git_revision, package_versions
 from tasks.process_identity import has_ended, process_identity
 from tasks.store import ArtifactRef
@@ -309,25 +310,30 @@ def _open_run(
     parent: TrackedRun | None = None,
 ) -> Iterator[TrackedRun]:
     own_tags = {**tags, PROCESS_TAG: process_identity(), **({"mlflow.parentRunId": parent.run_id} if parent else {})}
-    run_id = client.create_run(experiment_id, run_name=name, tags=own_tags).info.run_id
-    run = TrackedRun(client, run_id, experiment_id, settings)
+    run: TrackedRun | None = None
     status = "FINISHED"
     try:
+        with signals_wait():  # a run that was made and that nobody knows would stay open
+            run_id = client.create_run(experiment_id, run_name=name, tags=own_tags).info.run_id
+            run = TrackedRun(client, run_id, experiment_id, settings)
         yield run
     except BaseException as error:
         # what is no Exception: Ctrl-C, cancelled by Prefect, told to exit
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
-        if parent is None and status == "FINISHED":
-            client.set_terminated(run_id, status)  # which waits for a server that is away for a while
-            _close_if_possible(settings, client, run.unclosed)
-        else:
-            left = _close_if_possible(settings, client, {run_id: status, **run.unclosed})
-            if (
-                parent is not None
-            ):  # this shows a part of a run, which goes on and closes later what cannot be closed now
-                parent.unclosed |= left
+        if run is not None:
+            _close(run, status, parent)
+
+
+def _close(run: TrackedRun, status: str, parent: TrackedRun | None) -> None:
+    if parent is None and status == "FINISHED":
+        run._client.set_terminated(run.run_id, status)  # which waits for a server that is away for a while
+        _close_if_possible(run._settings, run._client, run.unclosed)
+        return
+    left = _close_if_possible(run._settings, run._client, {run.run_id: status, **run.unclosed})
+    if parent is not None:  # this shows a part of a run, which goes on and closes later what cannot be closed now
+        parent.unclosed |= left
 
 
 def _close_if_possible(settings: TrackingSettings, client: Any, closing: Mapping[str, str]) -> dict[str, str]:
@@ -364,7 +370,9 @@ def _client(settings: TrackingSettings) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     if settings.uri.startswith(_SQLITE):
         _make_tables(Path(settings.uri.removeprefix(_SQLITE)))
-    return MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
+    client = MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
+    # an interrupted call would leave the SQLite file locked by this very process, which could then not close its runs
+    return WholeCalls(client) if settings.uri.startswith(_SQLITE) else client
 
 
 def _experiment(client: Any, settings: TrackingSettings) -> str:

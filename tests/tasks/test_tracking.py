@@ -107,6 +107,37 @@ class TestStatus:
         )  # fmt: skip
         assert client.get_run(run.run_id).info.status == "FINISHED"
 
+    @pytest.mark.parametrize("statement", ["INSERT INTO metrics", "INSERT INTO runs"])
+    def test_ctrl_c_in_the_middle_of_a_write_leaves_no_run_open(
+        self, settings: TrackingSettings, client: Any, statement: str
+    ):
+        from sqlalchemy import event
+        from sqlalchemy.engine import Engine
+
+        struck = []
+
+        def strike(*arguments: Any) -> None:
+            if not struck and arguments[2].startswith(statement):
+                struck.append(statement)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with tracked_run(settings, "another", tags={}) as another:
+            experiment = another.experiment_id
+        known = {found.info.run_id for found in client.search_runs([experiment])}
+        event.listen(Engine, "after_cursor_execute", strike)
+        try:
+            with (
+                pytest.raises(KeyboardInterrupt),
+                tracked_run(settings, "run", tags={}) as run,
+                run.nested("part") as part,
+            ):
+                part.show_curve([{"step": 0, "loss": 1.0}])
+        finally:
+            event.remove(Engine, "after_cursor_execute", strike)
+        new = [found for found in client.search_runs([experiment]) if found.info.run_id not in known]
+        assert struck
+        assert {found.info.status for found in new} == {"KILLED"}
+
     def test_the_error_of_the_run_survives_a_server_that_is_gone(self, settings: TrackingSettings, client: Any):
         def fail() -> None:
             with tracked_run(settings, "run", tags={}) as run:
