@@ -9,8 +9,6 @@ import queue
 import secrets
 import shlex
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -19,29 +17,23 @@ from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TextIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core import errors
 from charm_core.errors import ConfigError, ServiceError, WorkerLostError
 from charm_core.reward_model.jobs import TrainingJob
-from tasks.node import ENDED, GOODBYE, READY, NodeOrder, keep_alive
-from tasks.process_trees import process_tree
+from tasks.node import ENDED, READY, NodeOrder
+from tasks.node_lines import free_port, listen, send_home, that_came, through_shell
 from tasks.worker_processes import POLL_SECONDS, TAIL_LINES, OnLine, gpu_turn, rank_count, worker_failure
 
 logger = logging.getLogger(__name__)
 
-CHECKOUT = Path(errors.__file__).parents[1]
 GRACE_SECONDS = 15.0
 """Between the first machine's failure and the end of the others: theirs may say why, or they may wait for it for ever."""
 HANG_UP_SECONDS = 20.0
 """In which machines that were told to end must have done so."""
-JOIN_SECONDS = 600.0
-"""In which a machine that comes by itself must have come."""
-ANSWER_SECONDS = 120.0
-"""In which it must have understood its order."""
-GOODBYE_SECONDS = 5.0
 
 
 class NodeSettings(BaseModel):
@@ -109,12 +101,12 @@ def use_nodes(settings: NodeSettings | None) -> Iterator[None]:
     if settings is None or _nodes.get() is not None:
         yield
         return
-    listener = None if settings.port is None else _listen(settings.hosts[0], settings.port)
+    listener = None if settings.port is None else listen(settings.hosts[0], settings.port)
     token = _nodes.set(_Nodes(settings=settings, listener=listener))
     try:
         yield
         if listener is not None:
-            _send_home(listener, len(settings.hosts) - 1)
+            send_home(listener, len(settings.hosts) - 1)
     finally:
         _nodes.reset(token)
         if listener is not None:
@@ -149,7 +141,7 @@ def run_on_nodes(job: TrainingJob, log: OnLine | None, poll: Callable[[], None])
         number=0,
         machines=len(hosts),
         ranks=rank_count(job.config, len(hosts)),
-        rendezvous=f"{hosts[0]}:{_free_port(hosts[0])}",
+        rendezvous=f"{hosts[0]}:{free_port(hosts[0])}",
         folder=Path.cwd(),
         token=secrets.token_hex(4),
         environment=nodes.settings.environment,
@@ -261,27 +253,14 @@ def _failure(failed: Sequence[_Machine], machines: Sequence[_Machine], folder: P
     return worker_failure([machine.status for machine in failed if machine.status], folder, tail)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Line:
-    """A machine that is reached, as over a telephone."""
-
-    name: str
-    stream: TextIO
-    """What it prints."""
-    hang_up: Callable[[], None]
-    """Tells it to end."""
-    heard: tuple[str, ...] = ()
-    """What it has said already."""
-
-
 @contextmanager
 def _machine(nodes: _Nodes, order: NodeOrder, lines: _Lines, poll: Callable[[], None]) -> Iterator[_Machine]:
     """A machine that has its order; its processes have ended when the block is left, or it is lost."""
     host = nodes.settings.hosts[order.number]
     if order.number and nodes.listener is not None:
-        reached = _that_came(nodes.listener, order, poll)
+        reached = that_came(nodes.listener, order, poll)
     else:
-        reached = _through_shell(shlex.split(nodes.settings.remote_shell) if order.number else [], host, order)
+        reached = through_shell(shlex.split(nodes.settings.remote_shell) if order.number else [], host, order)
     with reached as line:
         for said in line.heard:
             lines.put((order.number, said))
@@ -299,111 +278,6 @@ def _read(stream: TextIO, number: int, lines: _Lines) -> None:
         logger.debug("the output of machine %d ended: %s", number, error)
     finally:
         lines.put((number, None))
-
-
-@contextmanager
-def _through_shell(shell: list[str], host: str, order: NodeOrder) -> Iterator[_Line]:
-    """Start ``tasks.node`` on a machine, or here where there is no shell."""
-    words = ["env", f"--chdir={CHECKOUT}", sys.executable, "-m", "tasks.node"]
-    command = [*shell, host, *(shlex.quote(word) for word in words)] if shell else words
-    with process_tree(command, None, stdin=subprocess.PIPE) as process:
-        life_line, output = cast(TextIO, process.stdin), cast(TextIO, process.stdout)
-
-        def hang_up() -> None:
-            with suppress(OSError):  # it may have ended
-                life_line.close()
-
-        with suppress(OSError):  # it has ended already, and its output says why
-            life_line.write(f"{order.model_dump_json()}\n")
-            life_line.flush()
-        try:
-            yield _Line(name=host, stream=output, hang_up=hang_up)
-        finally:
-            hang_up()
-
-
-@contextmanager
-def _that_came(listener: socket.socket, order: NodeOrder, poll: Callable[[], None]) -> Iterator[_Line]:
-    """Give the order to a machine that has come by itself."""
-    connection, line = _first_that_answers(listener, order, poll)
-    with connection:
-        try:
-            yield line
-        finally:
-            with suppress(OSError):  # it may have gone
-                connection.shutdown(socket.SHUT_RDWR)
-
-
-def _first_that_answers(
-    listener: socket.socket, order: NodeOrder, poll: Callable[[], None]
-) -> tuple[socket.socket, _Line]:
-    logger.info("waiting for machine %d of %d", order.number + 1, order.machines)
-    deadline = time.monotonic() + JOIN_SECONDS
-    while time.monotonic() < deadline:
-        poll()
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            continue
-        try:
-            return connection, _give_order(connection, order)
-        except OSError as error:  # one that came and went again
-            logger.debug("a machine that had come does not answer: %s", error)
-            connection.close()
-    raise WorkerLostError(
-        f"only {order.number} of {order.machines} machines were there within {JOIN_SECONDS:.0f} seconds: see that `python -m tasks.node "
-        "HOST:PORT` runs on the others"
-    )
-
-
-def _give_order(connection: socket.socket, order: NodeOrder) -> _Line:
-    keep_alive(connection)
-    connection.settimeout(ANSWER_SECONDS)
-    stream = connection.makefile("r", encoding="utf-8", errors="replace")
-    name = stream.readline().strip()
-    connection.sendall(f"{order.model_dump_json()}\n".encode())
-    answer = stream.readline()
-    if not name or not answer:
-        raise ConnectionError("it has gone")
-    connection.settimeout(None)
-
-    def hang_up() -> None:
-        with suppress(OSError):  # it may have gone
-            connection.shutdown(socket.SHUT_WR)
-
-    return _Line(name=name, stream=stream, hang_up=hang_up, heard=(answer.rstrip("\n"),))
-
-
-def _send_home(listener: socket.socket, machines: int) -> None:
-    """Tell machines that the flow has ended well; one that does not come for orders just now is not waited for long."""
-    with suppress(TimeoutError):
-        for _ in range(machines):
-            listener.settimeout(GOODBYE_SECONDS)
-            connection, _ = listener.accept()
-            with connection, suppress(OSError):  # it may have gone
-                connection.sendall(f"{GOODBYE}\n".encode())
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        listener = socket.create_server((host, port))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen at {host}:{port} ({error.strerror or error}): the first of CHARM_NODES is the machine that the flow runs "
-            "on, and CHARM_NODES_PORT a free port of it"
-        ) from error
-    listener.settimeout(POLL_SECONDS)
-    return listener
-
-
-def _free_port(host: str) -> int:
-    """A port of this machine that is free just now.
-
-    Raises:
-        ConfigError: The name is not this machine's.
-    """
-    with _listen(host, 0) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _forget_launch_files(work_dir: Path) -> None:
