@@ -16,7 +16,7 @@ from charm_core.reward_model.post_training_job import PostTrainingConfig, TinyPo
 from charm_core.sampling import Decoding
 from charm_core.simulated_reading import fresh_prompts, quality_of, read_texts
 from charm_core.simulation import SimulationConfig, simulate_arena
-from charm_core.tables import PROMPTS, RESPONSES, SCORES
+from charm_core.tables import PAIRS, PROMPTS, RESPONSES, SCORES
 from tasks.caching import use_store
 from tasks.debiasing import ChosenModels, PairSet, build_pairs
 from tasks.policy_comparison import compare_answers, comparison_markdown, comparison_metrics, comparison_summary
@@ -37,6 +37,7 @@ from tasks.post_training import (
 )
 from tasks.prompts import ResponseSet
 from tasks.store import ArtifactRef, ArtifactStore
+from tests.charm_core.reward_model.tiny import pairs_table
 from tests.tiny_policy_model import save_policy_model
 
 WORLD = SimulationConfig(prompts=20, label_prompts=10, battles=500, topics=4, facts_per_topic=3)
@@ -219,10 +220,10 @@ def test_a_policy_model_of_the_users(tmp_path: Path):
         identify_policy(TransformersBackend(path=str(tmp_path / "nowhere")))
 
 
-def test_what_is_wrong_with_the_model_arrives_from_its_process(store: ArtifactStore, tmp_path: Path, looped: Looped):
+def test_what_is_wrong_with_the_model_arrives_from_its_process(store: ArtifactStore, tmp_path: Path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text("{}")
     policy = identify_policy(TransformersBackend(path=str(empty)))
     with pytest.raises(ModelError, match=r"the policy model .* cannot be loaded"):
-        post_train_policy.function(looped.store, policy, looped.pairs.pairs, TRAINING)
+        post_train_policy.function(store, policy, store.write_table(pairs_table(), PAIRS), TRAINING)
