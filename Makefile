@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# one file's tests stay in one of two processes, since they share what it has prepared
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-slow test-faults docs check prefect-ui mlflow-ui clean help
@@ -28,7 +30,7 @@ demo: $(READY)
 	$(BIN)/python -m flows.calibrate --preset demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
@@ -43,7 +45,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 prefect-ui: $(READY)
 	$(BIN)/prefect server start

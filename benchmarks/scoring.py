@@ -1,6 +1,6 @@
 """Scoring responses with a reward model, beside the ways that others do it.
 
-    python -m benchmarks.scoring [--model encoder decoder] [--prompts 300] [--policy-models 1 4 7] [--repeat 3]
+    python -m benchmarks.scoring [--model encoder decoder] [--texts 300] [--policy-models 1 4 7] [--repeat 3]
 
 Ways, each with the same texts and weights, in processes of their own with the same threads and allocator settings:
 
@@ -288,11 +288,11 @@ def measure(options: argparse.Namespace, name: str, policy_models: int, folder: 
     """One table."""
     shared = Path(options.shared)
     real = (shared / RESPONSES).is_file()
-    responses = real_responses(shared) if real else made_up_responses(options.prompts * 2, policy_models, options.seed)
+    prompts = max(1, options.texts // policy_models)
+    responses = real_responses(shared) if real else made_up_responses(prompts * 2, policy_models, options.seed)
     drawn = drawn_texts(
-        responses, prompts=max(1, options.texts // policy_models), policy_models=policy_models,
-        long_prompts=options.long_prompts, seed=options.seed,
-    )  # fmt: skip
+        responses, prompts=prompts, policy_models=policy_models, long_prompts=options.long_prompts, seed=options.seed
+    )
     table = folder / "texts.parquet"
     drawn.write_parquet(table)
     model_folder = folder / name
@@ -306,7 +306,7 @@ def measure(options: argparse.Namespace, name: str, policy_models: int, folder: 
     fitted = fit_to_model(spec, load_config(files.backbone, spec), tokenizer)
     lengths = [len(render(tokenizer, [{"role": "user", "content": p}], r, fitted).input_ids) for p, r in rows]
     several = torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    ways = {way: (way, 1) for way in WAYS if options.ways is None or way in options.ways}
+    ways = {way: (way, 1) for way in WAYS if way in (REFERENCE, *options.ways)}
     if several > 1:
         ways[f"{several} processes"] = ("shared", several)
     runs: dict[str, list[tuple[float, list[Took]]]] = {name: [] for name in ways}
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--long-prompts", action="store_true")
-    parser.add_argument("--ways", nargs="+", default=None)
+    parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=WAYS, help="beside one at a time")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shared", default=str(CHECKOUT.parent / "shared"))

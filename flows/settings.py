@@ -1,5 +1,6 @@
 """The only reader of the environment: where things are kept, and what the servers are called."""
 
+import logging
 import os
 from pathlib import Path
 from typing import cast
@@ -232,3 +233,5 @@ def prepare_environment() -> None:
     """Set what Prefect and MLflow read from the environment, where the user has not."""
     for name, value in _ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    for name in ("httpx", "httpcore"):  # they log the whole address of every request, and a token may be in it
+        logging.getLogger(name).setLevel(logging.WARNING)

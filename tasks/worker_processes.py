@@ -35,6 +35,9 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
 }
+WAITING = {"GOMP_SPINCOUNT": "2000"}
+"""Threads that wait for others soon sleep. By themselves they spin for milliseconds, and jobs side by side take each other's
+time; see ``benchmarks.side_by_side``."""
 SIGNALLED = re.compile(r"exitcode\s*:\s*-(\d+)")
 """How torchrun reports a rank that a signal has ended."""
 
@@ -96,6 +99,7 @@ def worker_environment(
     checkout = str(Path(errors.__file__).parents[1])
     paths = [checkout, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
+        **WAITING,
         **os.environ,
         **allocator,
         "OMP_NUM_THREADS": str(threads),

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from flows.settings import CHECKOUT, prepare_environment
+from tasks.worker_processes import WAITING
 
 prepare_environment()  # before Prefect and MLflow read their settings
+for name, value in WAITING.items():  # before torch reads it: tests run side by side
+    os.environ.setdefault(name, value)
 
 
 @pytest.fixture(scope="session")

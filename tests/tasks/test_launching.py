@@ -19,7 +19,7 @@ from charm_core.reward_model.workdir import CURVE, append_curve, curve_line, rea
 from charm_core.reward_model.worker import identify, is_alive
 from tasks.scoring_launch import run_scoring
 from tasks.training_launch import CurveReader, run_training
-from tasks.worker_processes import rank_count
+from tasks.worker_processes import rank_count, worker_environment
 from tests.charm_core.reward_model.tiny import pairs_table, prompts_and_responses, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -253,3 +253,10 @@ class TestCurveReader:
         (tmp_path / CURVE).write_bytes(b"#" * len(first) + curve_line(self.RECORDS[1]).encode())
         reader.poll()
         assert found == list(self.RECORDS[:2])
+
+
+def test_threads_of_workers_do_not_spin_for_long_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert worker_environment(None)["GOMP_SPINCOUNT"] == "2000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert worker_environment(None)["GOMP_SPINCOUNT"] == "7"

@@ -166,6 +166,7 @@ def test_machines_behind_a_remote_shell_give_the_weights_of_one_machine(job_of, 
     assert_nothing_is_left(job)
 
 
+@pytest.mark.slow
 def test_machines_that_come_by_themselves_do_so_for_every_training_of_a_flow(job_of, standalone):
     settings = NodeSettings(hosts=(HERE, "second"), port=free_port())
     first, second = job_of("first"), job_of("second")

@@ -135,6 +135,7 @@ def test_a_run_killed_three_times_gives_the_bytes_of_an_uninterrupted_one(job_of
     assert held_out_margin(job.output_dir, job) == pytest.approx(margin, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_plain_training_killed_three_times_gives_the_bytes_of_an_uninterrupted_one(job_of):
     settings = {"zero_stage": None, "ranks": 1, "epochs": 40}
     whole, job = job_of("plain-whole", **settings), job_of("plain-killed", **settings)
