@@ -36,6 +36,7 @@ _PARAM_BATCH = 100
 _METRIC_BATCH = 1000
 _PARAM_LENGTH = 6000
 _NAME_LENGTH = 250
+_LOG_TRIES = 3
 PROCESS_TAG = "charm.process"
 """Which process a run belongs to."""
 TITLE_TAG = "charm.title"
@@ -157,16 +158,22 @@ class TrackedRun:
         """Record stored artifacts by digest, as inputs or outputs of the run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        self._client.log_inputs(
-            self.run_id,
-            datasets=[
-                DatasetInput(
-                    Dataset(name=name, digest=ref.digest[:36], source_type="charm_store", source=ref.uri),
-                    tags=[InputTag("mlflow.data.context", context), InputTag("charm.digest", ref.digest)],
-                )
-                for name, ref in refs.items()
-            ],
-        )
+        inputs = [
+            DatasetInput(
+                Dataset(name=name, digest=ref.digest[:36], source_type="charm_store", source=ref.uri),
+                tags=[InputTag("mlflow.data.context", context), InputTag("charm.digest", ref.digest)],
+            )
+            for name, ref in refs.items()
+        ]
+        for left in reversed(range(_LOG_TRIES)):
+            try:
+                self._client.log_inputs(self.run_id, datasets=inputs)
+            except _mlflow_error() as error:
+                # another run told of the same artifacts at the same moment; MLflow finds those there the next time
+                if not left or "unique" not in str(error).lower():
+                    raise
+            else:
+                return
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags."""

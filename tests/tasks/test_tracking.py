@@ -324,6 +324,28 @@ class TestLogging:
         assert found["calibrated"][2]["mlflow.data.context"] == "output"
         assert len(found) == 3
 
+    @pytest.mark.parametrize(("message", "tries"), [("UNIQUE constraint failed: datasets.name", 3), ("no room", 1)])
+    def test_datasets_that_another_run_logs_at_the_same_moment_are_logged_again(
+        self, settings: TrackingSettings, message: str, tries: int
+    ):
+        from mlflow.exceptions import MlflowException
+
+        asked = []
+
+        def collide(*_: object, **__: object) -> None:
+            asked.append(message)
+            if len(asked) < 3:
+                raise MlflowException(message)
+
+        ref = ArtifactRef(kind="ratings", digest="a" * 64, uri="/store/ratings", size=1)
+        with (
+            contextlib.nullcontext() if tries == 3 else pytest.raises(ServiceError, match=message),
+            tracked_run(settings, "run", tags={}) as run,
+        ):
+            run._client.log_inputs = collide
+            run.log_datasets({"ratings": ref}, "input")
+        assert len(asked) == tries
+
     def test_tables_and_texts_come_back(self, logged: Callable[..., Any], client: Any, tmp_path: Path):
         frame = pl.DataFrame({"policy_model": ["a", "b"], "overvaluation": [1.5, None]})
 
