@@ -6,6 +6,7 @@ On a GPU in half precision all segments go through one call of PyTorch's variabl
 segment has a call of its own, which at the lengths of real texts costs next to nothing beside the arithmetic.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -21,6 +22,9 @@ from charm_core.reward_model.packing import Segment
 PACKED = "charm_packed"
 """What transformers knows it by."""
 
+READS_ONLY = "charm_reads_only"
+"""An attribute of a layer that says that only what the layout reads is wanted of it; see ``last_layer``."""
+
 # What models give to their attention besides; none of it changes what attends to what in a packed row.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
 
@@ -28,9 +32,11 @@ _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_st
 class Layout:
     """The segments of a row, as attention needs them."""
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+    def __init__(self, segments: Sequence[Segment], device: torch.device, reads: Tensor | None = None) -> None:
+        """Lay out segments; ``reads`` are the indices of the tokens whose last hidden states are read, ascending, None: all."""
         self.segments = tuple(segments)
         self.device = device
+        self.reads = reads
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     @cached_property
@@ -69,6 +75,17 @@ class Layout:
             max(segment.length for segment in self.segments),
             max(segment.prefix_length + segment.length for segment in self.segments),
         )
+
+    @cached_property
+    def read_places(self) -> list[list[int]]:
+        """Per segment, which of its tokens are read."""
+        reads = [] if self.reads is None else self.reads.tolist()
+        ends = [segment.start + segment.length for segment in self.segments]
+        found: list[list[int]] = [[] for _ in ends]
+        for read in reads:
+            number = bisect_right(ends, read)
+            found[number].append(read - self.segments[number].start)
+        return found
 
     def mask(self, segment: Segment, window: int | None) -> Tensor | None:
         """Which of a segment's tokens (rows) see which of its keys (columns); None where causality says it all.
@@ -141,15 +158,59 @@ def packed_attention(
     keys, values = (part[:, :, layout.keys] if layout.shares else part for part in (key, value))
     if _takes_flash(query, softcap):
         return _flash(query, keys, values, layout, scaling, sliding_window, causal=causal), None
+    only_reads = layout.reads is not None and getattr(module, READS_ONLY, False) and (causal or sliding_window is None)
+    attend = _attend_reads if only_reads else _attend_all
+    return attend(query, keys, values, layout, scaling, sliding_window, softcap, causal=causal), None
+
+
+def _attend_all(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    *,
+    causal: bool,
+) -> Tensor:
+    """Attention of every token, one segment after the other."""
     parts, at = [], 0
     for segment in layout.segments:
         width = segment.prefix_length + segment.length
         own = query[:, :, segment.start : segment.start + segment.length]
         seen, read = (_for_heads(part[:, :, at : at + width], own) for part in (keys, values))
-        mask = layout.mask(segment, sliding_window) if causal else None
+        mask = layout.mask(segment, window) if causal else None
         parts.append(_attend(own, seen, read, mask, scaling, softcap, causal=causal))
         at += width
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _attend_reads(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    *,
+    causal: bool,
+) -> Tensor:
+    """Attention of the tokens that are read, each by itself; zero elsewhere."""
+    parts, at = [], 0
+    for segment, places in zip(layout.segments, layout.read_places, strict=True):
+        width = segment.prefix_length + segment.length
+        for place in places:
+            end = segment.prefix_length + place + 1 if causal else width
+            begin = 0 if window is None else max(0, end - window)
+            own = query[:, :, segment.start + place : segment.start + place + 1]
+            seen, read = (_for_heads(part[:, :, at + begin : at + end], own) for part in (keys, values))
+            parts.append(_attend(own, seen, read, None, scaling, softcap, causal=False))
+        at += width
+    some = torch.cat(parts, dim=2).transpose(1, 2)
+    everywhere = some.new_zeros((1, query.shape[2], *some.shape[2:]))
+    return everywhere.index_copy(1, cast(Tensor, layout.reads), some)
 
 
 def _attend(

@@ -30,7 +30,7 @@ class MicroBatches:
         owner = {text: group.prompt_id for group in groups for text in group.texts}
         owners = [owner[text] for text in range(len(data.texts))]
         self._texts = data.texts
-        self._model, check = choose_batching(model, data.texts, owners)
+        self._model, check = choose_batching(model, data.texts, owners, trimmed=False)
         self._prefixes: dict[str, list[PrefixGroup]] = {group.prompt_id: [] for group in groups}
         for prefix in groups_of(self._model, data.texts, owners):
             self._prefixes[owners[prefix.texts[0]]].append(prefix)

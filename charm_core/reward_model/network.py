@@ -234,8 +234,9 @@ def pack(
     }
     if row.token_type_ids is not None:
         per_token["token_type_ids"] = [*row.token_type_ids, *[0] * filler]
+    reads = sorted({index for indices in places for index in indices})
     return {
         **{name: torch.tensor([numbers], device=device) for name, numbers in per_token.items()},
         "places": torch.tensor(places, device=device),
-        "layout": Layout(segments, device),
+        "layout": Layout(segments, device, torch.tensor(reads, device=device)),
     }

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from charm_core.errors import ModelError
 from charm_core.reward_model.batching import token_budget_batches
+from charm_core.reward_model.last_layer import Trimmed
 from charm_core.reward_model.loading import RewardModel
-from charm_core.reward_model.network import Batch, collate, compile_layers, let_pack, pack
+from charm_core.reward_model.network import Batch, collate, compile_layers, let_pack, pack, transformer_layers
 from charm_core.reward_model.packing import PrefixGroup, packed_batches, prefix_groups
 from charm_core.reward_model.rendering import Rendered
 
@@ -33,6 +34,8 @@ MOST_BATCH_TOKENS = 65536
 PROBE_OWNERS, PROBE_TEXTS = 3, 3
 TOLERANCE = {torch.float32: 1e-4}
 LOW_PRECISION_TOLERANCE = 2**-5
+TRIMMED_DRIFT, TRIMMED_TOLERANCE = 4, 1e-6
+"""A last layer that is trimmed wrongly changes scores altogether; rightly, by another order of the same sums."""
 IN_FLIGHT = 2
 """Batches whose scores are still on the GPU: reading them earlier would make it wait."""
 
@@ -58,7 +61,12 @@ class BatchingCheck:
 
 
 def choose_batching(
-    model: RewardModel, texts: Sequence[Rendered], owners: Sequence[Hashable], *, compiled: bool = False
+    model: RewardModel,
+    texts: Sequence[Rendered],
+    owners: Sequence[Hashable],
+    *,
+    compiled: bool = False,
+    trimmed: bool = True,
 ) -> tuple[RewardModel, BatchingCheck]:
     """Find out whether a model can take packed rows, by trying, and make it take them.
 
@@ -68,6 +76,8 @@ def choose_batching(
         texts: What will be scored.
         owners: Per text what it belongs to; see ``prefix_groups``.
         compiled: Compile the layers, if rows are packed.
+        trimmed: Compute the last layer only where it is read, if rows are packed and nothing is compiled, which would be done
+            anew for every number of texts.
 
     Raises:
         ModelError: Packed rows are asked for and cannot be had.
@@ -75,8 +85,7 @@ def choose_batching(
     probe = _probe(texts, owners)
     some, whose = [texts[index] for index in probe], [owners[index] for index in probe]
     alone = [_forward(model, [_single(number)], some)[0].item() for number in range(len(some))]
-    refusal = _set_otherwise(model)
-    check = _try_packing(model, some, whose, alone) if refusal is None else _padded_check(model, some, alone, refusal)
+    check = _try_packing(model, some, whose, alone, trimmed=trimmed and not compiled)
     if check.refusal is None:
         packed = replace(model, packed=True, compiled=compiled)
         if compiled:
@@ -100,9 +109,11 @@ def _set_otherwise(model: RewardModel) -> str | None:
 
 
 def _try_packing(
-    model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashable], alone: Sequence[float]
+    model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashable], alone: Sequence[float], *, trimmed: bool
 ) -> BatchingCheck:
     """Score some texts in a packed row; from then on the network takes only such rows, or none."""
+    if (refusal := _set_otherwise(model)) is not None:
+        return _padded_check(model, some, alone, refusal)
     transformer = model.network.packable
     if transformer is None:
         return _padded_check(model, some, alone, "this kind of reward model takes no packed rows")
@@ -110,18 +121,38 @@ def _try_packing(
     if not let_pack(model.network):
         refusal = "its transformer does not get its attention through transformers' interface"
         return _padded_check(model, some, alone, refusal)
-    try:
-        drift = _drift(replace(model, packed=True), some, whose, alone)
-    except (ModelError, TypeError) as error:
-        drift, refusal = math.nan, str(error)
-    else:
-        refusal = f"a score in a packed row is off by {drift:.2g}"
-    allowed = TOLERANCE.get(next(model.network.parameters()).dtype, LOW_PRECISION_TOLERANCE)
-    if drift <= allowed * max(1.0, *map(abs, alone)):
+    drift, refusal = _tried(model, some, whose, alone)
+    scale = max(1.0, *map(abs, alone))
+    if drift <= scale * TOLERANCE.get(next(model.network.parameters()).dtype, LOW_PRECISION_TOLERANCE):
+        if trimmed:
+            drift = _try_trimming(model, some, whose, alone, drift)
         return BatchingCheck(texts=len(some), drift=drift, refusal=None)
     transformer.set_attn_implementation(before)
     logger.warning("texts are padded, not packed: %s", refusal)
     return _padded_check(model, some, alone, refusal)
+
+
+def _try_trimming(
+    model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashable], alone: Sequence[float], drift: float
+) -> float:
+    """Compute the last layer only where it is read, if that changes no score by more than packing does; the drift then."""
+    trimmed = Trimmed(transformer_layers(model.network.packable)[-1])
+    then, _ = _tried(model, some, whose, alone)
+    if then <= max(TRIMMED_DRIFT * drift, TRIMMED_TOLERANCE * max(map(abs, alone))):
+        return then
+    trimmed.undo()
+    return drift
+
+
+def _tried(
+    model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashable], alone: Sequence[float]
+) -> tuple[float, str]:
+    """How far scores in a packed row are off, and how to say so."""
+    try:
+        drift = _drift(replace(model, packed=True), some, whose, alone)
+    except (ModelError, TypeError) as error:
+        return math.nan, str(error)
+    return drift, f"a score in a packed row is off by {drift:.2g}"
 
 
 def _padded_check(model: RewardModel, some: Sequence[Rendered], alone: Sequence[float], refusal: str) -> BatchingCheck:

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from itertools import combinations
 
@@ -10,8 +11,9 @@ from torch import nn
 
 from charm_core.errors import ModelError
 from charm_core.reward_model import text_scoring
+from charm_core.reward_model.attention import READS_ONLY
 from charm_core.reward_model.loading import load_reward_model
-from charm_core.reward_model.network import pack
+from charm_core.reward_model.network import pack, transformer_layers
 from charm_core.reward_model.rendering import render
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.text_scoring import budget_in, choose_batching, groups_of, run_texts, score_texts
@@ -86,6 +88,60 @@ def test_a_score_is_the_same_alone_and_in_any_packed_batch(pairs, name, seed, bu
             assert abs(batched[one] - batched[two]) < TOLERANCE
         elif abs(alone[one] - alone[two]) > TOLERANCE:
             assert (batched[one] > batched[two]) == (alone[one] > alone[two]), "a pair has flipped"
+
+
+def last_layer(model):
+    return transformer_layers(model.network.packable)[-1]
+
+
+def rows_computed(model, texts, owners):
+    """Per linear layer of the last transformer layer, how many rows its product has."""
+    names = {id(part.weight): name for name, part in last_layer(model).named_modules() if isinstance(part, nn.Linear)}
+    linear, found = nn.functional.linear, {}
+
+    def note(states, weight, bias=None):
+        if id(weight) in names:
+            found[names[id(weight)]] = states.shape[-2]
+        return linear(states, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", note)
+        run_texts(model, texts, owners)
+    assert found.keys() == set(names.values())
+    return found
+
+
+@pytest.mark.parametrize("name", [*PACKABLE, "value_head", "gated"])
+def test_the_last_layer_is_computed_only_where_it_is_read(pairs, name):
+    _, packed = pairs[name]
+    texts, owners = some_texts(packed, 2)
+    tokens = run_texts(packed, texts, owners).computed_tokens
+    rows = rows_computed(packed, texts, owners)
+    everywhere = {part for part, count in rows.items() if count == tokens}
+    assert {part.split(".")[-1] for part in everywhere} in ({"k_proj", "v_proj"}, {"key", "value"})
+    places = {len(packed.network.places(text)) for text in texts}
+    assert set(rows.values()) - {tokens} <= set(range(1, max(places) * len(texts) + 1))
+    assert len(rows) > len(everywhere)
+
+
+@pytest.mark.parametrize("name", [*PACKABLE, "gated"])
+def test_a_layer_that_is_trimmed_wrongly_is_left_whole(folders, name, monkeypatch):
+    monkeypatch.setattr("charm_core.reward_model.last_layer._KEYS_AND_VALUES", re.compile("nothing"))
+    plain, other = (load_reward_model(RewardModelSpec(path=str(folders[name]))) for _ in range(2))
+    texts, owners = some_texts(plain, 1)
+    packed, check = choose_batching(other, texts, owners)
+    assert packed.packed
+    assert check.drift <= TOLERANCE
+    assert set(rows_computed(packed, texts, owners).values()) == {run_texts(packed, texts, owners).computed_tokens}
+    assert not any(hasattr(part, READS_ONLY) for part in last_layer(packed).modules())
+    np.testing.assert_allclose(score_texts(packed, texts, owners), score_texts(plain, texts), atol=TOLERANCE, rtol=0)
+
+
+def test_training_computes_the_last_layer_everywhere(folders):
+    model = load_reward_model(RewardModelSpec(path=str(folders["qwen3"])))
+    texts, owners = some_texts(model, 1)
+    model, _ = choose_batching(model, texts, owners, trimmed=False)
+    assert not any(hasattr(part, READS_ONLY) for part in last_layer(model).modules())
 
 
 @pytest.mark.parametrize("name", DECODERS)
