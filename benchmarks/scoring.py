@@ -16,8 +16,9 @@ Responses are those of ``--shared``/data, one prompt's to ``--policy-models`` po
 longer half; without that folder, words without sense, as many as real texts have tokens. The time is that of tokenising and scoring, not
 of loading. Tokens per second count every text without padding, for all alike. Scores must agree with those of one at a time, or nothing
 is printed; ``apart`` is the largest difference. Ways take turns ``--repeat`` times; the table has the median and, as the spread, the
-largest ratio of two times of one way. Memory is the largest resident memory of a process, on a GPU what PyTorch held there. The arithmetic
-is that of the tokens computed; on a GPU it is given as a share of what a product of two large bfloat16 matrices reaches.
+largest ratio of two times of one way. Memory is the largest resident memory of a process, on a GPU what PyTorch held there. The
+arithmetic is that of the tokens computed, as if in every layer; on a GPU it is given as a share of what a product of two large bfloat16
+matrices reaches.
 
 On a GPU: ``--model 8b --max-length 4096``.
 """
@@ -39,7 +40,15 @@ import polars as pl
 import torch
 from pydantic import BaseModel
 
-from benchmarks.training_inputs import RESPONSES, build_model, made_up_responses, real_responses, work_of
+from benchmarks.training_inputs import (
+    RESPONSES,
+    SHORTER_RESPONSES,
+    build_model,
+    made_up_responses,
+    real_responses,
+    shorter_responses,
+    work_of,
+)
 from charm_core.reward_model.loading import RewardModel, load_reward_model
 from charm_core.reward_model.pretrained import fit_to_model, load_config, load_tokenizer
 from charm_core.reward_model.rendering import Rendered, render
@@ -287,9 +296,10 @@ def print_table(
 def measure(options: argparse.Namespace, name: str, policy_models: int, folder: Path) -> None:
     """One table."""
     shared = Path(options.shared)
-    real = (shared / RESPONSES).is_file()
+    file, read = (SHORTER_RESPONSES, shorter_responses) if options.shorter else (RESPONSES, real_responses)
+    real = (shared / file).is_file()
     prompts = max(1, options.texts // policy_models)
-    responses = real_responses(shared) if real else made_up_responses(prompts * 2, policy_models, options.seed)
+    responses = read(shared) if real else made_up_responses(prompts * 2, policy_models, options.seed)
     drawn = drawn_texts(
         responses, prompts=prompts, policy_models=policy_models, long_prompts=options.long_prompts, seed=options.seed
     )
@@ -328,6 +338,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--long-prompts", action="store_true")
+    parser.add_argument("--shorter", action="store_true", help="responses of small policy models, half as long")
     parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=WAYS, help="beside one at a time")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

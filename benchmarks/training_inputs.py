@@ -26,6 +26,7 @@ from charm_core.reward_model.tiny import word_tokenizer
 from charm_core.tables import PAIRS, validate
 
 RESPONSES = Path("data/responses.parquet")
+SHORTER_RESPONSES = Path("data/rm_scores.parquet")
 ENCODER = Path("models/minilm-judge-rm")
 """Below the folder with the shared data: 22 M parameters, BERT."""
 
@@ -57,6 +58,13 @@ def real_responses(shared: Path) -> pl.DataFrame:
     """prompt_id, prompt, model, response."""
     frame = pl.read_parquet(shared / RESPONSES).filter(~pl.col("is_bad"))
     return frame.select("prompt_id", "prompt", "model", "response").sort("prompt_id", "model")
+
+
+def shorter_responses(shared: Path) -> pl.DataFrame:
+    """The same of small policy models, half as long; those that are empty are left out."""
+    frame = pl.read_parquet(shared / SHORTER_RESPONSES).filter(pl.col("response").str.strip_chars() != "")
+    frame = frame.select("prompt", "model", "response").unique(["prompt", "model"], keep="first", maintain_order=True)
+    return frame.with_columns(prompt_id=pl.col("prompt").rank("dense").cast(pl.String)).sort("prompt_id", "model")
 
 
 def made_up_responses(prompts: int, models: int, seed: int) -> pl.DataFrame:
