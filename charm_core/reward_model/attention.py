@@ -8,6 +8,7 @@ segment has a call of its own, which at the lengths of real texts costs next to 
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -156,81 +157,62 @@ def packed_attention(
     if layout.shares and not causal:
         raise ModelError("texts of a model that looks ahead cannot share their beginning")
     keys, values = (part[:, :, layout.keys] if layout.shares else part for part in (key, value))
+    how = _How(causal=causal, window=sliding_window, scaling=scaling, softcap=softcap)
     if _takes_flash(query, softcap):
-        return _flash(query, keys, values, layout, scaling, sliding_window, causal=causal), None
+        return _flash(query, keys, values, layout, how), None
     only_reads = layout.reads is not None and getattr(module, READS_ONLY, False) and (causal or sliding_window is None)
-    attend = _attend_reads if only_reads else _attend_all
-    return attend(query, keys, values, layout, scaling, sliding_window, softcap, causal=causal), None
+    return (_attend_reads if only_reads else _attend_all)(query, keys, values, layout, how), None
 
 
-def _attend_all(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    layout: Layout,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    *,
-    causal: bool,
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """What a layer wants of its attention."""
+
+    causal: bool
+    window: int | None
+    scaling: float | None
+    softcap: float | None
+
+
+def _attend_all(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, how: _How) -> Tensor:
     """Attention of every token, one segment after the other."""
     parts, at = [], 0
     for segment in layout.segments:
         width = segment.prefix_length + segment.length
         own = query[:, :, segment.start : segment.start + segment.length]
-        seen, read = (_for_heads(part[:, :, at : at + width], own) for part in (keys, values))
-        mask = layout.mask(segment, window) if causal else None
-        parts.append(_attend(own, seen, read, mask, scaling, softcap, causal=causal))
+        mask = layout.mask(segment, how.window) if how.causal else None
+        parts.append(_attend(own, keys[:, :, at : at + width], values[:, :, at : at + width], mask, how))
         at += width
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def _attend_reads(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    layout: Layout,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    *,
-    causal: bool,
-) -> Tensor:
+def _attend_reads(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, how: _How) -> Tensor:
     """Attention of the tokens that are read, each by itself; zero elsewhere."""
     parts, at = [], 0
+    alone = replace(how, causal=False)  # nothing that comes later is among its keys
     for segment, places in zip(layout.segments, layout.read_places, strict=True):
         width = segment.prefix_length + segment.length
         for place in places:
-            end = segment.prefix_length + place + 1 if causal else width
-            begin = 0 if window is None else max(0, end - window)
+            end = segment.prefix_length + place + 1 if how.causal else width
+            seen = slice(at + (0 if how.window is None else max(0, end - how.window)), at + end)
             own = query[:, :, segment.start + place : segment.start + place + 1]
-            seen, read = (_for_heads(part[:, :, at + begin : at + end], own) for part in (keys, values))
-            parts.append(_attend(own, seen, read, None, scaling, softcap, causal=False))
+            parts.append(_attend(own, keys[:, :, seen], values[:, :, seen], None, alone))
         at += width
     some = torch.cat(parts, dim=2).transpose(1, 2)
     everywhere = some.new_zeros((1, query.shape[2], *some.shape[2:]))
     return everywhere.index_copy(1, cast(Tensor, layout.reads), some)
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    *,
-    causal: bool,
-) -> Tensor:
-    """Attention of one segment; ``mask`` None: what ``causal`` says."""
-    if softcap is None:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _How) -> Tensor:
+    """Attention of one segment; ``mask`` None: what ``how.causal`` says."""
+    key, value = _for_heads(key, query), _for_heads(value, query)
+    if how.softcap is None:
         # its own way to say causal is for as many queries as keys
-        alone = causal and mask is None and query.shape[2] > 1
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=alone, scale=scaling)
-    products = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    products = softcap * torch.tanh(products / softcap)
-    if causal:
+        causal = how.causal and mask is None and query.shape[2] > 1
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=how.scaling)
+    products = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if how.scaling is None else how.scaling)
+    products = how.softcap * torch.tanh(products / how.softcap)
+    if how.causal:
         if mask is None:
             mask = torch.ones(products.shape[-2:], dtype=torch.bool, device=query.device).tril()
         products = products.masked_fill(~mask, torch.finfo(products.dtype).min)
@@ -248,22 +230,13 @@ def _takes_flash(query: Tensor, softcap: float | None) -> bool:
     return query.is_cuda and half and softcap is None and query.shape[-1] <= 256
 
 
-def _flash(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    layout: Layout,
-    scaling: float | None,
-    window: int | None,
-    *,
-    causal: bool,
-) -> Tensor:
+def _flash(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, how: _How) -> Tensor:
     """All segments in one call. Its causality is aligned at the ends, so that a segment sees what it goes on from."""
     from torch.nn.attention.varlen import varlen_attn
 
     own, seen, read = (part[0].transpose(0, 1).contiguous() for part in (query, keys, values))
     most_queries, most_keys = layout.longest
-    before = -1 if window is None else window - 1
+    before = -1 if how.window is None else how.window - 1
     attended = varlen_attn(
         own,
         seen,
@@ -272,8 +245,8 @@ def _flash(
         layout.key_ends,
         most_queries,
         most_keys,
-        scale=scaling,
-        window_size=(before, 0) if causal else (before, before),
+        scale=how.scaling,
+        window_size=(before, 0) if how.causal else (before, before),
         enable_gqa=query.shape[1] != keys.shape[1],
         # otherwise how a text is computed depends on the longest one beside it
         num_splits=1,
