@@ -334,11 +334,17 @@ def _open_run(
 
 
 def _close(run: TrackedRun, status: str, parent: TrackedRun | None) -> None:
-    if parent is None and status == "FINISHED":
-        run._client.set_terminated(run.run_id, status)  # which waits for a server that is away for a while
-        _close_if_possible(run._settings, run._client, run.unclosed)
-        return
-    left = _close_if_possible(run._settings, run._client, {run.run_id: status, **run.unclosed})
+    unclosed: dict[str, str] = {}
+    try:
+        if parent is None and status == "FINISHED":
+            run._client.set_terminated(run.run_id, status)  # which waits for a server that is away for a while
+        else:
+            unclosed[run.run_id] = status
+        left = _close_if_possible(run._settings, run._client, {**unclosed, **run.unclosed})
+    except BaseException as error:
+        if not isinstance(error, Exception):  # told to end just now: the request may not have come through
+            _close_if_possible(run._settings, run._client, {run.run_id: "KILLED", **run.unclosed})
+        raise
     if parent is not None:  # this shows a part of a run, which goes on and closes later what cannot be closed now
         parent.unclosed |= left
 

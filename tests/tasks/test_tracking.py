@@ -138,6 +138,24 @@ class TestStatus:
         assert struck
         assert {found.info.status for found in new} == {"KILLED"}
 
+    def test_a_run_that_is_told_to_end_while_it_is_closed_is_closed(self, settings: TrackingSettings, client: Any):
+        ids: list[str] = []
+
+        def run() -> None:
+            with tracked_run(settings, "run", tags={}) as run:
+                close = run._client.set_terminated
+
+                def interrupted(*_: object) -> None:
+                    run._client.set_terminated = close
+                    raise KeyboardInterrupt
+
+                run._client.set_terminated = interrupted
+                ids.append(run.run_id)
+
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert client.get_run(ids[0]).info.status == "KILLED"
+
     def test_the_error_of_the_run_survives_a_server_that_is_gone(self, settings: TrackingSettings, client: Any):
         def fail() -> None:
             with tracked_run(settings, "run", tags={}) as run:
