@@ -23,6 +23,8 @@ _ENVIRONMENT_DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # it would print an address before it closes a run, and leave the run open where nobody reads that any more
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # the temporary server of a run without one needs about 20 s here, more on a busy machine
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     # it is stopped in the middle of its housekeeping, of which it then complains at length

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from charm_core.reward_model.attention import READS_ONLY, Layout
 
-_KEYS_AND_VALUES = re.compile(r"^(q?kv?|v|qkv)(_[ab])?_proj.*$|^(key|value|query_key_value|qkv|Wqkv|in_proj|kv)$")
+_KEYS_AND_VALUES = re.compile(r"^(q?kv?|v|qkv)(_[ab])?_proj.*$|^(key|value|query_key_value|qkv|wqkv|in_proj|kv)$", re.I)
 """Linear layers, by a part of their dotted name, that every token needs; also where queries come from the same product."""
 
 
