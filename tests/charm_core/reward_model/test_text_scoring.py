@@ -82,11 +82,13 @@ def test_a_score_is_the_same_alone_and_in_any_packed_batch(pairs, name, seed, bu
     other = replace(packed, spec=packed.spec.model_copy(update={"batch_tokens": budget}))
     batched = np.empty(len(texts))
     batched[order] = score_texts(other, [texts[index] for index in order], [owners[index] for index in order])
-    np.testing.assert_allclose(batched, alone, atol=TOLERANCE, rtol=0)
+    # float32 rounds by a share of what it adds up: heads whose scores are larger err by more
+    allowed = TOLERANCE * max(1.0, np.abs(alone).max())
+    np.testing.assert_allclose(batched, alone, atol=allowed, rtol=0)
     for one, two in combinations(range(len(texts)), 2):
         if texts[one] == texts[two]:
-            assert abs(batched[one] - batched[two]) < TOLERANCE
-        elif abs(alone[one] - alone[two]) > TOLERANCE:
+            assert abs(batched[one] - batched[two]) < allowed
+        elif abs(alone[one] - alone[two]) > allowed:
             assert (batched[one] > batched[two]) == (alone[one] > alone[two]), "a pair has flipped"
 
 
