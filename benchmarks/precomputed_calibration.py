@@ -41,10 +41,10 @@ from flows.settings import RuntimeSettings
 from flows.sources import Sources, gather_answers
 from tasks.arena import ArenaConfig
 from tasks.caching import Step, current_store
-from tasks.launching import CurveReader
 from tasks.prompts import ResponsesConfig, ResponseSet
 from tasks.scoring import RewardModelRef, Scored
 from tasks.store import file_digest
+from tasks.training_launch import CurveReader
 
 MEDIAN_CHARACTERS = 1677
 LOG_SPREAD = 0.76
