@@ -334,13 +334,11 @@ def _open_run(
 
 
 def _close(run: TrackedRun, status: str, parent: TrackedRun | None) -> None:
-    unclosed: dict[str, str] = {}
+    closing = {run.run_id: status, **run.unclosed}
     try:
         if parent is None and status == "FINISHED":
-            run._client.set_terminated(run.run_id, status)  # which waits for a server that is away for a while
-        else:
-            unclosed[run.run_id] = status
-        left = _close_if_possible(run._settings, run._client, {**unclosed, **run.unclosed})
+            run._client.set_terminated(run.run_id, closing.pop(run.run_id))  # which waits for a server that is away
+        left = _close_if_possible(run._settings, run._client, closing)
     except BaseException as error:
         if not isinstance(error, Exception):  # told to end just now: the request may not have come through
             _close_if_possible(run._settings, run._client, {run.run_id: "KILLED", **run.unclosed})
