@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export CHARM_CHECKOUT="${CHARM_CHECKOUT:-$PWD}"
 
-for pool in cpu gpu; do
+for pool in cpu gpu shards; do
     prefect work-pool inspect "$pool" >/dev/null 2>&1 || prefect work-pool create "$pool" --type process
 done
 prefect work-pool set-concurrency-limit gpu "${CHARM_GPU_RUNS:-1}"

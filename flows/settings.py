@@ -89,6 +89,11 @@ class RuntimeSettings(BaseSettings):
     ray_gpus: int | None = Field(
         default=None, ge=0, description="GPUs of a shard on the Ray cluster; default: one if the cluster has any."
     )
+    scoring_deployment: str | None = Field(
+        default=None,
+        description="Deployment whose Prefect workers do the shards of a scoring, such as score-shard/workers; default: they are "
+        "done on this machine, one after another.",
+    )
     nodes: str | None = Field(
         default=None,
         description="Machines that one training spreads over, separated by commas, or a hostfile with one a line; the flow's own "
@@ -127,20 +132,30 @@ class RuntimeSettings(BaseSettings):
         """How scoring is done.
 
         Raises:
-            ConfigError: A Ray cluster is named, and no Prefect server that its machines could report to.
+            ConfigError: Other machines are named, and no Prefect server that they could report to; or two kinds of them.
         """
         from prefect.settings import PREFECT_API_URL  # late: Prefect reads its own settings when it is imported
 
+        elsewhere = {"CHARM_RAY_ADDRESS": self.ray_address, "CHARM_SCORING_DEPLOYMENT": self.scoring_deployment}
+        named = [f"{name}={value}" for name, value in elsewhere.items() if value is not None]
+        if len(named) > 1:
+            raise ConfigError(
+                f"{' and '.join(named)}: shards are done on a Ray cluster or on Prefect workers; unset one"
+            )
+        if named and not PREFECT_API_URL.value():
+            raise ConfigError(
+                f"{named[0]}, but no Prefect server is named: the other machines report to one, so start `prefect server start` "
+                f"where all of them reach it, and set PREFECT_API_URL"
+            )
         ray = None
         if self.ray_address is not None:
-            if not PREFECT_API_URL.value():
-                raise ConfigError(
-                    f"CHARM_RAY_ADDRESS={self.ray_address}, but no Prefect server is named: its machines report to one, so start "
-                    f"`prefect server start` where all of them reach it, and set PREFECT_API_URL"
-                )
             ray = RayCluster(address=self.ray_address, cores=self.ray_cores, gpus=self.ray_gpus)
-        processes = ScoringProcesses(number=self.scoring_processes)
-        return ScoringSettings(processes=processes, shard_texts=self.shard_texts, ray=ray)
+        return ScoringSettings(
+            processes=ScoringProcesses(number=self.scoring_processes),
+            shard_texts=self.shard_texts,
+            ray=ray,
+            deployment=self.scoring_deployment,
+        )
 
     def node_settings(self) -> NodeSettings | None:
         """Over which machines a training is spread; None: it stays on this one.

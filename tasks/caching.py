@@ -320,6 +320,11 @@ class Step(Generic[P, R]):
         """Cache key of a call with these arguments."""
         return content_key(self.name, self.version, self._inputs(*args, **kwargs))
 
+    def named(self, *arguments: Any) -> dict[str, Any]:
+        """The first arguments of a call by name, as JSON holds them."""
+        bound = self._signature.bind_partial(None, *arguments).arguments
+        return {name: TypeAdapter(type(value)).dump_python(value, mode="json") for name, value in [*bound.items()][1:]}
+
     def _inputs(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
         bound = self._signature.bind(None, *args, **kwargs)
         bound.apply_defaults()

@@ -41,6 +41,7 @@ class ScoringSettings(BaseModel):
     processes: ScoringProcesses = Field(default=ScoringProcesses(), description="On one machine.")
     shard_texts: int = Field(default=50_000, ge=1, description="Most texts per shard, on average.")
     ray: RayCluster | None = Field(default=None, description="Where shards are done; none: here, one after another.")
+    deployment: str | None = Field(default=None, description="Whose Prefect workers do the shards instead.")
 
 
 _DEFAULT = ScoringSettings()

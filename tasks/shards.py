@@ -1,7 +1,8 @@
 """Where the shards of a large scoring are done.
 
 Without a cluster they are done here, one after another, each on all devices of this machine. With Ray they are Prefect tasks
-on its machines, side by side; Ray gives a shard that is lost with its worker to another one.
+on its machines, side by side; Ray gives a shard that is lost with its worker to another one. With a deployment each is a flow run
+that does the same task on a Prefect worker; see ``shard_runs``.
 """
 
 import socket
@@ -9,9 +10,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prefect.runtime import flow_run
+
 from charm_core.errors import ConfigError, ServiceError
-from tasks.caching import Step
+from tasks.caching import Step, current_store
 from tasks.scoring_settings import RayCluster, ScoringProcesses, scoring_settings
+from tasks.shard_runs import ShardRuns
 
 if TYPE_CHECKING:
     from prefect.task_runners import TaskRunner
@@ -30,9 +34,27 @@ def run_shards(shard: Step[..., R], calls: Sequence[tuple[Any, ...]], on_done: C
         on_done: Called with the number of shards that are done.
     """
     settings = scoring_settings()
-    if settings.ray is None:
-        return shard.map([(*arguments, settings.processes) for arguments in calls], None, on_done)
-    return _run_on_ray(settings.ray, shard, calls, on_done)
+    if settings.ray is not None:
+        return _run_on_ray(settings.ray, shard, calls, on_done)
+    here = [(*arguments, settings.processes) for arguments in calls]
+    if settings.deployment is None:
+        return shard.map(here, None, on_done)
+    _run_on_workers(settings.deployment, shard, calls, on_done)
+    return shard.map(here)  # all of them are recorded
+
+
+def _run_on_workers(
+    deployment: str, shard: Step[..., R], calls: Sequence[tuple[Any, ...]], on_done: Callable[[int], None]
+) -> None:
+    """See that every shard is recorded in the store, done by whichever worker takes it."""
+    missing = [arguments for arguments in calls if not shard.is_recorded(*arguments, ScoringProcesses())]
+    if not missing:
+        return
+    store = current_store().url
+    ShardRuns(deployment, str(flow_run.name or "scoring")).do(
+        [{"store": store, **shard.named(*arguments)} for arguments in missing],
+        lambda done: on_done(len(calls) - len(missing) + done),
+    )
 
 
 def _run_on_ray(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,19 @@ class PrefectServer:
         self._server.wait()
         self._server = None
 
-    def start_worker(self, pool: str) -> None:
+    def start_worker(self, pool: str, *options: str) -> None:
         """A worker that serves a work pool."""
-        command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--type", "process"]
+        command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--type", "process", *options]
         self._workers.append(self._popen(command, f"worker-{pool}", self.environment))
+
+    def workers(self) -> list[int]:
+        """Process numbers of the workers."""
+        return [worker.pid for worker in self._workers]
 
     def stop_workers(self) -> None:
         for worker in self._workers:
-            os.killpg(worker.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # a test may have killed it
+                os.killpg(worker.pid, signal.SIGTERM)
             try:
                 worker.wait(timeout=60)
             except subprocess.TimeoutExpired:

@@ -148,7 +148,8 @@ def test_each_work_pool_is_made_and_has_a_worker(config: Config):
     commands = [service.get("command") or [] for service in config["services"].values()]
     served = {command[command.index("--pool") + 1] for command in commands if "--pool" in command}
     assert made is not None
-    assert used == set(made[1].split()) == served
+    assert used == set(made[1].split())
+    assert used - served == {"shards"}  # parts of a scoring are for workers of other machines
 
 
 class TestImages:

@@ -163,7 +163,7 @@ def site(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     server = PrefectServer(folder)
     try:
         server.start()
-        for pool in ("cpu", "gpu"):
+        for pool in ("cpu", "gpu", "shards"):
             server.run("prefect", "work-pool", "create", pool, "--type", "process")
         server.run("prefect", "--no-prompt", "deploy", "--all")
         yield Site(

@@ -11,7 +11,7 @@ import yaml
 from prefect import Flow
 from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.utilities.callables import parameter_schema
-from prefect.utilities.schema_tools.validation import validate
+from prefect.utilities.schema_tools.validation import ValidationError, validate
 
 from flows.recalibrate import recalibrate
 from flows.settings import CHECKOUT
@@ -57,7 +57,11 @@ def test_names_are_told_apart_and_every_flow_has_a_deployment():
     assert {one["entrypoint"].split(".")[1] for one in DEPLOYMENTS} == flows
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: f"{one['entrypoint']}-{one['name']}")
+@pytest.mark.parametrize(
+    "deployment",
+    [one for one in DEPLOYMENTS if one["work_pool"]["name"] != "shards"],
+    ids=lambda one: f"{one['entrypoint']}-{one['name']}",
+)
 def test_each_runs_without_parameters_and_says_what_it_is(deployment: dict[str, Any]):
     flow = flow_of(deployment)
     settings = inspect.signature(flow.fn).parameters["run"].default
@@ -66,6 +70,14 @@ def test_each_runs_without_parameters_and_says_what_it_is(deployment: dict[str, 
     assert deployment["version"] == "{{ git.stdout }}"
     assert "charm" in deployment["tags"]
     assert len(deployment["description"]) > 40
+
+
+def test_shards_are_given_out_by_scorings_alone():
+    (shards,) = (one for one in DEPLOYMENTS if one["work_pool"]["name"] == "shards")
+    schema = parameter_schema(flow_of(shards)).model_dump()
+    assert schema["required"] == ["store", "model", "shard"]
+    with pytest.raises(ValidationError, match="'store' is a required property"):
+        validate(shards["parameters"], schema, raise_on_error=True)
 
 
 def test_the_ratings_are_collected_once_a_day():
