@@ -12,7 +12,7 @@ import pytest
 from prefect import flow
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.tables import PROMPTS, RESPONSES
@@ -111,7 +111,7 @@ def test_a_machine_that_is_lost_costs_its_shard(tmp_path: Path, server: PrefectS
     loss = Loss(server.workers())
     loss.start()
     try:
-        with temporary_settings({PREFECT_API_URL: server.url}):
+        with temporary_settings({PREFECT_API_URL: server.url, PREFECT_LOGGING_TO_API_ENABLED: False}):
             there = scored(store(server.folder), model, NAME)
     finally:
         loss.done.set()
@@ -125,7 +125,7 @@ def test_a_machine_that_is_lost_costs_its_shard(tmp_path: Path, server: PrefectS
         [f"shard {n} of {SHARDS}" for n in range(1, SHARDS + 1) if not again[0].startswith(f"shard {n} ")] + again
     )
     assert [state for name, state in ended if state != "Completed"] == ["Crashed"]
-    with temporary_settings({PREFECT_API_URL: server.url}):
+    with temporary_settings({PREFECT_API_URL: server.url, PREFECT_LOGGING_TO_API_ENABLED: False}):
         here = scored(store(tmp_path), model, None)
     assert there.scores.digest == here.scores.digest
     assert there.summary == here.summary

@@ -117,13 +117,30 @@ def test_how_scoring_is_done_is_read_from_the_environment(monkeypatch: pytest.Mo
         )
 
 
-def test_a_ray_cluster_needs_a_prefect_server(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CHARM_RAY_ADDRESS", "head:6379")
+OTHER_MACHINES = {"CHARM_RAY_ADDRESS": "head:6379", "CHARM_SCORING_DEPLOYMENT": "score-shard/workers"}
+
+
+@pytest.mark.parametrize(("variable", "value"), OTHER_MACHINES.items())
+def test_other_machines_need_a_prefect_server(variable: str, value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(variable, value)
     with (
         temporary_settings({PREFECT_API_URL: ""}),
-        pytest.raises(ConfigError, match="CHARM_RAY_ADDRESS=head:6379, but no Prefect server is named"),
+        pytest.raises(ConfigError, match=f"{variable}={value}, but no Prefect server is named"),
     ):
         RuntimeSettings().scoring()
+
+
+def test_shards_are_done_by_one_kind_of_machines(monkeypatch: pytest.MonkeyPatch):
+    for variable, value in OTHER_MACHINES.items():
+        monkeypatch.setenv(variable, value)
+    with (
+        temporary_settings({PREFECT_API_URL: "http://server:4200/api"}),
+        pytest.raises(ConfigError, match=r"on a Ray cluster or on Prefect workers; unset one"),
+    ):
+        RuntimeSettings().scoring()
+    monkeypatch.delenv("CHARM_RAY_ADDRESS")
+    with temporary_settings({PREFECT_API_URL: "http://server:4200/api"}):
+        assert RuntimeSettings().scoring() == ScoringSettings(deployment="score-shard/workers")
 
 
 def test_a_training_stays_on_one_machine_unless_several_are_named(monkeypatch: pytest.MonkeyPatch):
