@@ -106,6 +106,20 @@ def test_state_kept_in_main_memory_trains_and_resumes_alike(job_of, stage, rank)
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4
 
 
+@pytest.mark.parametrize("stage", [3, *(pytest.param(each, marks=pytest.mark.slow) for each in (0, 2))])
+def test_training_stops_early_on_all_ranks_and_keeps_the_best(job_of, stage):
+    """Few training pairs and a high learning rate: the held-out loss falls, then rises."""
+    settings = {"epochs": 12, "evaluate_every_steps": 2, "early_stopping_patience": 3, "learning_rate": 3e-3}
+    job = job_of(f"patient{stage}", zero_stage=stage, keep="best", **settings)
+    plain = job_of(f"patient{stage}-plain", zero_stage=None, ranks=1, keep="best", **settings)
+    outcome, expected = run_training(job), train(plain, HERE)
+    assert outcome.stopped_early
+    assert 0 < outcome.saved_step < outcome.steps
+    assert (outcome.steps, outcome.saved_step) == (expected.steps, expected.saved_step)
+    ours, theirs = weights(job.output_dir), weights(plain.output_dir)
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-3
+
+
 KEEP_BEST = {
     "lora_rank": 4,
     "epochs": 20,
