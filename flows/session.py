@@ -25,7 +25,8 @@ from tasks.scratch import remove_abandoned_folders
 from tasks.secrets import use_secrets
 from tasks.source_digests import use_digest_memo
 from tasks.store import ArtifactStore
-from tasks.tracking import TITLE_TAG, TrackedRun, check_tracking, tracked_run
+from tasks.tracking import TITLE_TAG, TrackedRun, tracked_run
+from tasks.tracking_store import check_tracking
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from flows.command_line import run_from_command_line
 from flows.settings import RuntimeSettings
 from tasks.model_registry import ModelRegistry
 from tasks.standing import Age, Standing, standings
-from tasks.tracking import is_empty, open_registry
+from tasks.tracking_store import is_empty, open_registry
 from tasks.unfinished_runs import UnfinishedRun, unfinished_runs
 
 

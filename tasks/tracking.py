@@ -1,4 +1,4 @@
-"""MLflow: the only module that imports it, and late, because the import alone takes seconds.
+"""Runs in MLflow, which only this module and ``tracking_store`` import, and late, because the import alone takes seconds.
 
 One MLflow run per flow run, opened and closed by ``tracked_run``, so that its status is right after success, failure
 and Ctrl-C. Every call names its run: no process-wide "active run" that a thread or a child process could inherit.
@@ -9,29 +9,31 @@ import contextlib
 import logging
 import numbers
 import re
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import httpx
 import polars as pl
-from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field
 
 from charm_core.errors import ServiceError
-from tasks.addresses import shown_address
-from tasks.interrupts import WholeCalls, signals_wait
+from tasks.interrupts import signals_wait
 from tasks.origin import git_revision, package_versions
 from tasks.process_identity import has_ended, process_identity
 from tasks.store import ArtifactRef
+from tasks.tracking_store import (
+    TrackingSettings,
+    check_tracking,
+    creation_lock,
+    experiment_id_of,
+    mlflow_error,
+    open_client,
+    registry_client,
+)
 
 logger = logging.getLogger(__name__)
 
-_SQLITE = "sqlite:///"
-_LOCAL_PAGES = "http://127.0.0.1:5000"
 _PARAM_BATCH = 100
 _METRIC_BATCH = 1000
 _PARAM_LENGTH = 6000
@@ -41,35 +43,6 @@ PROCESS_TAG = "charm.process"
 """Which process a run belongs to."""
 TITLE_TAG = "charm.title"
 """What runs of the same flow and name have in common; their names in MLflow also say what they found."""
-
-
-class TrackingSettings(BaseModel):
-    """Where runs are remembered."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    uri: str = Field(
-        description="MLflow tracking URI, for example 'sqlite:////data/charm/mlflow.db' or a server's URL."
-    )
-    artifact_location: str | None = Field(
-        default=None, description="Folder or URL for artifacts of a new experiment; the server's choice if not given."
-    )
-    experiment: str = Field(default="charm", description="MLflow experiment.")
-    ui_url: str | None = Field(
-        default=None,
-        description="Where people open the MLflow pages; default: the server's URL, http://127.0.0.1:5000 if there is none.",
-    )
-
-    @property
-    def shown_uri(self) -> str:
-        """The URI without a login, for messages."""
-        return shown_address(self.uri)
-
-    @property
-    def pages(self) -> str:
-        """Where the MLflow pages are opened."""
-        server = self.shown_uri if self.uri.startswith("http") else None
-        return (self.ui_url or server or _LOCAL_PAGES).rstrip("/")
 
 
 _current: ContextVar["TrackedRun | None"] = ContextVar("charm_tracked_run", default=None)
@@ -126,7 +99,7 @@ class TrackedRun:
         """
         try:
             self.log_curve(rows)
-        except _mlflow_error() as error:
+        except mlflow_error() as error:
             logger.warning(
                 "MLflow at %s does not take the curve; training goes on without: %s", self._settings.shown_uri, error
             )
@@ -138,7 +111,7 @@ class TrackedRun:
         try:
             self._client.update_run(self.run_id, name=name)
             self._client.set_tag(self.run_id, "mlflow.note.content", description)
-        except _mlflow_error() as error:
+        except mlflow_error() as error:
             logger.warning("MLflow at %s does not take the name of this run: %s", self._settings.shown_uri, error)
 
     def log_text(self, text: str, name: str) -> None:
@@ -168,7 +141,7 @@ class TrackedRun:
         for left in reversed(range(_LOG_TRIES)):
             try:
                 self._client.log_inputs(self.run_id, datasets=inputs)
-            except _mlflow_error() as error:
+            except mlflow_error() as error:
                 # another run told of the same artifacts at the same moment; MLflow finds those there the next time
                 if not left or "unique" not in str(error).lower():
                     raise
@@ -182,7 +155,7 @@ class TrackedRun:
 
     def registry(self) -> contextlib.AbstractContextManager[Any]:
         """The model registry of the same server; see ``open_registry``. A run that is under way waits for that a while."""
-        return _registry(self._settings)
+        return registry_client(self._settings)
 
     @contextlib.contextmanager
     def nested(self, name: str, tags: Mapping[str, str] | None = None) -> Iterator["TrackedRun"]:
@@ -206,11 +179,11 @@ def tracked_run(settings: TrackingSettings, name: str, *, tags: Mapping[str, str
     """
     check_tracking(settings)
     try:
-        with _creation_lock(settings):
-            client = _client(settings)
-            experiment_id = _experiment(client, settings)
+        with creation_lock(settings):
+            client = open_client(settings)
+            experiment_id = experiment_id_of(client, settings)
         _close_abandoned_runs(client, experiment_id)
-    except _mlflow_error() as error:
+    except mlflow_error() as error:
         raise ServiceError(f"MLflow at {settings.shown_uri} cannot be used: {error}") from error
     try:
         with _open_run(settings, client, experiment_id, name, {**_origin(), **tags}) as run:
@@ -219,7 +192,7 @@ def tracked_run(settings: TrackingSettings, name: str, *, tags: Mapping[str, str
                 yield run
             finally:
                 _current.reset(token)
-    except _mlflow_error() as error:
+    except mlflow_error() as error:
         raise ServiceError(
             f"MLflow at {settings.shown_uri} did not take what this run had to say ({error}); finished steps are kept: see that it "
             f"answers and run again"
@@ -229,29 +202,6 @@ def tracked_run(settings: TrackingSettings, name: str, *, tags: Mapping[str, str
 def current_run() -> TrackedRun | None:
     """The run that ``tracked_run`` has open, if any: for the live training curve and nothing else."""
     return _current.get()
-
-
-def is_empty(settings: TrackingSettings) -> bool:
-    """Whether no run has ever been remembered there; known without asking only of a SQLite file."""
-    return settings.uri.startswith(_SQLITE) and not Path(settings.uri.removeprefix(_SQLITE)).exists()
-
-
-def check_tracking(settings: TrackingSettings) -> None:
-    """Fail at once, and clearly, if the tracking server does not answer or the SQLite file cannot be written.
-
-    Raises:
-        ServiceError: With the address.
-    """
-    if settings.uri.startswith(_SQLITE):
-        _check_sqlite(settings.uri)
-    if not settings.uri.startswith("http"):
-        return
-    try:
-        httpx.get(f"{settings.uri.rstrip('/')}/health", timeout=10).raise_for_status()
-    except httpx.HTTPError as error:
-        raise ServiceError(
-            f"the MLflow server at {settings.shown_uri} does not answer ({error}); start it or unset CHARM_TRACKING_URI"
-        ) from None
 
 
 def registered_version(run: TrackedRun, model_name: str, digest: str) -> str | None:
@@ -275,7 +225,7 @@ def register_version(run: TrackedRun, model_name: str, source: str, tags: Mappin
     known = _versions_of(client, model_name, tags["digest"])
     if known:
         return min(known, key=int)
-    with contextlib.suppress(_mlflow_error()):  # it exists already
+    with contextlib.suppress(mlflow_error()):  # it exists already
         client.create_registered_model(model_name)
     location = client.get_run(run.run_id).info.artifact_uri + "/" + source.removeprefix(f"runs:/{run.run_id}/")
     created = str(client.create_model_version(model_name, location, run_id=run.run_id, tags=dict(tags)).version)
@@ -284,27 +234,6 @@ def register_version(run: TrackedRun, model_name: str, source: str, tags: Mappin
     if int(created) != first:
         client.delete_model_version(model_name, created)
     return str(first)
-
-
-@contextlib.contextmanager
-def open_registry(settings: TrackingSettings) -> Iterator[Any]:
-    """MLflow's client for the model registry; where that is a SQLite file, for one process at a time.
-
-    Raises:
-        ServiceError: The registry does not answer, or will not do it.
-    """
-    check_tracking(settings)
-    with _registry(settings) as client:
-        yield client
-
-
-@contextlib.contextmanager
-def _registry(settings: TrackingSettings) -> Iterator[Any]:
-    try:
-        with _creation_lock(settings):
-            yield _client(settings)
-    except _mlflow_error() as error:
-        raise ServiceError(f"the MLflow model registry at {settings.shown_uri} cannot be used: {error}") from error
 
 
 @contextlib.contextmanager
@@ -361,7 +290,7 @@ def _close_if_possible(settings: TrackingSettings, client: Any, closing: Mapping
         for run_id, status in closing.items():
             client.set_terminated(run_id, status)
             del left[run_id]
-    except (ServiceError, _mlflow_error()) as error:
+    except (ServiceError, mlflow_error()) as error:
         logger.warning("MLflow runs %s could not be closed; that is done later: %s", left, error)
     return left
 
@@ -372,90 +301,6 @@ def _versions_of(client: Any, model_name: str, digest: str) -> list[str]:
         for version in client.search_model_versions(f"name = '{model_name}'")
         if version.tags.get("digest") == digest
     ]
-
-
-def _client(settings: TrackingSettings) -> Any:
-    from mlflow import MlflowClient
-
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if settings.uri.startswith(_SQLITE):
-        _make_tables(Path(settings.uri.removeprefix(_SQLITE)))
-    client = MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
-    # an interrupted call would leave the SQLite file locked by this very process, which could then not close its runs
-    return WholeCalls(client) if settings.uri.startswith(_SQLITE) else client
-
-
-def _experiment(client: Any, settings: TrackingSettings) -> str:
-    known = client.get_experiment_by_name(settings.experiment)
-    if known is not None and known.lifecycle_stage == "deleted":
-        raise ServiceError(
-            f"the MLflow experiment {settings.experiment!r} was deleted; restore it, or set CHARM_EXPERIMENT to another name"
-        )
-    if known is not None:
-        return str(known.experiment_id)
-    try:
-        return str(client.create_experiment(settings.experiment, artifact_location=settings.artifact_location))
-    except _mlflow_error():
-        known = client.get_experiment_by_name(settings.experiment)
-        if known is None:
-            raise
-        return str(known.experiment_id)  # another run made it in between
-
-
-def _creation_lock(settings: TrackingSettings) -> contextlib.AbstractContextManager[Any]:
-    """Two processes that use a new SQLite file at once would both create its tables, and one would fail."""
-    if not settings.uri.startswith(_SQLITE):
-        return contextlib.nullcontext()
-    return FileLock(f"{settings.uri.removeprefix(_SQLITE)}.lock")
-
-
-def _check_sqlite(uri: str) -> None:
-    # MLflow would try a file that it cannot open again and again, for minutes
-    path = Path(uri.removeprefix(_SQLITE))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.rollback()
-    except (OSError, sqlite3.Error) as error:
-        raise _unwritable(path, error) from None
-
-
-def _make_tables(path: Path) -> None:
-    """Make MLflow's tables in a SQLite file that is empty, in memory first.
-
-    MLflow makes them by all of its migrations one after the other, and would wait for the disk some 130 times.
-    """
-    if path.stat().st_size:
-        return
-    from mlflow.store.db.utils import _initialize_tables
-    from sqlalchemy import create_engine
-    from sqlalchemy.pool import StaticPool
-
-    engine = create_engine("sqlite://", poolclass=StaticPool)  # one connection: each would be a database of its own
-    try:
-        _initialize_tables(engine)
-        made = cast(sqlite3.Connection, engine.raw_connection().driver_connection)
-        with contextlib.closing(sqlite3.connect(path)) as database:
-            made.backup(database)  # one transaction: the file has all tables or none
-    except sqlite3.Error as error:
-        raise _unwritable(path, error) from None
-    finally:
-        engine.dispose()
-
-
-def _unwritable(path: Path, error: Exception) -> ServiceError:
-    return ServiceError(
-        f"the MLflow database {path} cannot be written ({error}); correct CHARM_TRACKING_URI or CHARM_HOME"
-    )
-
-
-def _mlflow_error() -> type[Exception]:
-    from mlflow.exceptions import MlflowException
-
-    exception: type[Exception] = MlflowException
-    return exception
 
 
 def _close_abandoned_runs(client: Any, experiment_id: str) -> None:

@@ -20,15 +20,8 @@ import pytest
 from charm_core.errors import ArtifactError, ServiceError
 from tasks.process_identity import process_identity
 from tasks.store import ArtifactRef
-from tasks.tracking import (
-    TrackedRun,
-    TrackingSettings,
-    check_tracking,
-    current_run,
-    open_registry,
-    register_version,
-    tracked_run,
-)
+from tasks.tracking import TrackedRun, current_run, register_version, tracked_run
+from tasks.tracking_store import TrackingSettings, check_tracking, open_registry
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +161,8 @@ class TestStatus:
     def test_a_run_whose_process_was_killed_is_closed_by_the_next_one(self, settings: TrackingSettings, client: Any):
         script = (
             "import sys, os\n"
-            "from tasks.tracking import *\n"
+            "from tasks.tracking import tracked_run\n"
+            "from tasks.tracking_store import TrackingSettings\n"
             "with tracked_run(TrackingSettings.model_validate_json(sys.argv[1]), 'victim', tags={}) as run:\n"
             "    with run.nested('training') as child:\n"
             "        sys.stdout.write(f'{run.run_id} {child.run_id}\\n')\n"
@@ -262,7 +256,7 @@ class TestServerAway:
             raise ServiceError("does not answer")
 
         with tracked_run(settings, "run", tags={}) as run:
-            monkeypatch.setattr("tasks.tracking.check_tracking", away)
+            monkeypatch.setattr("tasks.tracking_store.check_tracking", away)
             with pytest.raises(ServiceError, match=r"does not answer"), open_registry(settings):
                 pass
             with run.registry() as client:  # it is the client that waits, or gives up
@@ -482,7 +476,8 @@ class TestServices:
         )
         script = (
             "import sys\n"
-            "from tasks.tracking import *\n"
+            "from tasks.tracking import tracked_run\n"
+            "from tasks.tracking_store import TrackingSettings\n"
             "with tracked_run(TrackingSettings.model_validate_json(sys.argv[1]), 'run', tags={}) as run:\n"
             "    run.log_metrics({'a': 1.0})\n"
         )
