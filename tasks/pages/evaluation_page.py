@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict
 from tasks.arena import Board
 from tasks.caching import step
 from tasks.evidence import BenchmarkRows, DomainParts, board_info, read_domain
-from tasks.pages import figures
 from tasks.pages.evaluation_page_data import EvaluatedModel, EvaluationData
 from tasks.pages.evaluation_text import evaluation_answer
 from tasks.pages.report_data import PolicyModelResponses, Provenance, ReportDomain, VariantName
 from tasks.pages.report_figures import PageFigure, alignment_figures, reliability_figures
 from tasks.pages.reporting import page_environment
+from tasks.pages.sheets import standalone
 from tasks.store import ArtifactRef, ArtifactStore
 
 
@@ -90,8 +90,7 @@ def evaluation_figures(data: EvaluationData) -> dict[str, PageFigure]:
 def evaluation_figures_for_tracking(data: EvaluationData) -> dict[str, bytes]:
     """The figures as SVG files of their own: file name to content."""
     return {
-        f"{name}.svg": figures.standalone(figure.wide or figure.narrow)
-        for name, figure in evaluation_figures(data).items()
+        f"{name}.svg": standalone(figure.wide or figure.narrow) for name, figure in evaluation_figures(data).items()
     }
 
 

@@ -1,86 +1,34 @@
-"""The figures of the report: numbers in, SVG text out.
+"""The kinds of figures of the report: numbers in, SVG text out.
 
-A figure is drawn in CSS pixels and in one of two widths, ``WIDE`` for a desk and ``NARROW`` for a phone, so that its
-text is never scaled below a readable size. Colours are placeholders until ``themed`` turns them into CSS variables
-(both themes work) or ``standalone`` into plain colours. The same numbers give the same bytes: no date, ids with a fixed
-salt. Estimates without a value are left out; an interval that is open at one end is drawn up to the value.
+Estimates without a value are left out; an interval that is open at one end is drawn up to the value.
 """
 
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from io import BytesIO
 from itertools import product
 from typing import TYPE_CHECKING
 
 from charm_core.records import Estimate
+from tasks.pages.sheets import (
+    BAND,
+    CHARACTER,
+    GRID,
+    INK,
+    MARKERS,
+    SURFACE,
+    Frame,
+    add_axes,
+    add_legend,
+    colour_of,
+    label_values,
+    new_sheet,
+    styled,
+    svg_of,
+    tick_places,
+)
 
 if TYPE_CHECKING:  # matplotlib is imported where it draws: the command line's help must not wait for it
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-WIDE = 912
-NARROW = 320
-
-# placeholder, plain colour on white; the name is the CSS variable's; Okabe and Ito's hues are safe for colour blindness
-_COLOURS = {
-    "ink": ("#000001", "#1a1d21"),
-    "muted": ("#000002", "#5a626c"),
-    "grid": ("#000003", "#e2e5e9"),
-    "band": ("#000004", "#f1f3f5"),
-    "surface": ("#000005", "#ffffff"),
-    "untouched": ("#000006", "#d55e00"),
-    "control": ("#000007", "#6f7680"),
-    "calibrated": ("#000008", "#0072b2"),
-    "offsets": ("#000009", "#009e73"),
-}
-_INK, _MUTED, _GRID, _BAND, _SURFACE = (placeholder for placeholder, _ in list(_COLOURS.values())[:5])
-_MARKERS = {"untouched": "o", "control": "s", "calibrated": "D", "offsets": "^"}
-_STYLE = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 12,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.edgecolor": _MUTED,
-    "axes.linewidth": 0.8,
-    "axes.labelcolor": _MUTED,
-    "axes.axisbelow": True,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": _GRID,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "legend.frameon": False,
-    "lines.solid_capstyle": "butt",
-}
-_CHARACTER = 7.0  # width that is reserved for a character of 12 px, whatever sans-serif face the browser has
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frame:
-    """What every figure has."""
-
-    name: str
-    """Prefix of the ids in the SVG, unique within a page."""
-    width: int
-    """``WIDE`` or ``NARROW``."""
-    description: str
-    """What the figure shows, for those who do not see it."""
-
-    @property
-    def narrow(self) -> bool:
-        """Whether it is the figure for a phone."""
-        return self.width < WIDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +72,6 @@ class BoxPanel:
     quantiles: Mapping[str, tuple[float, float, float, float, float]]
 
 
-def themed(svg: str) -> str:
-    """Replace the placeholder colours by CSS variables, for inlining in the report."""
-    for name, (placeholder, _) in _COLOURS.items():
-        svg = svg.replace(placeholder, f"var(--{name})")
-    return svg
-
-
-def standalone(svg: str) -> bytes:
-    """Replace the placeholder colours by plain ones on white: an SVG file of its own."""
-    for placeholder, plain in _COLOURS.values():
-        svg = svg.replace(placeholder, plain)
-    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return svg.replace("<svg ", f'<svg {namespaces} style="background:#ffffff" ', 1).encode()
-
-
 def forest(
     frame: Frame,
     series: Sequence[Series],
@@ -167,23 +100,23 @@ def forest(
     columns = 2 if frame.narrow else 4
     entries = [(one.variant, one.label) for one in series if one.label]
     legend = 24 * -(-len(entries) // columns) if len(entries) > 1 else 0
-    left = 22 if frame.narrow else 12 + max(len(label) for label in labels) * _CHARACTER
-    with _style(frame):
-        sheet = _sheet(frame.width, legend + pitch * len(rows) + 76)
-        axes = _axes(sheet, left, legend + 26, frame.width - left - 14, pitch * len(rows))
+    left = 22 if frame.narrow else 12 + max(len(label) for label in labels) * CHARACTER
+    with styled(frame):
+        sheet = new_sheet(frame.width, legend + pitch * len(rows) + 76)
+        axes = add_axes(sheet, left, legend + 26, frame.width - left - 14, pitch * len(rows))
         axes.set(ylim=(pitch * len(rows), 0), yticks=[])
         axes.grid(axis="x")
         tops = [index * pitch + label_lane for index in range(len(rows))]
-        axes.vlines([origin] * len(rows), tops, [top + pitch - label_lane for top in tops], color=_INK, linewidth=1)
+        axes.vlines([origin] * len(rows), tops, [top + pitch - label_lane for top in tops], color=INK, linewidth=1)
         axes.tick_params(axis="x", labeltop=True)
-        _value_axis(axes, unit, 5 if frame.narrow else 9)
+        label_values(axes, unit, 5 if frame.narrow else 9)
         for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
             _row_frame(axes, label, index * pitch, pitch, frame.narrow, row in marks)
         for index, one in enumerate(series):
             first = (pitch - label_lane - lane * (len(series) - 1)) / 2 + lane * index
             _dots(axes, one, {row: top + first for row, top in zip(rows, tops, strict=True)})
-        _legend(sheet, entries, columns)
-        return _svg(sheet, frame)
+        add_legend(sheet, entries, columns)
+        return svg_of(sheet, frame)
 
 
 def scatter(
@@ -207,22 +140,22 @@ def scatter(
     width = (frame.width - 70 * columns - 12) / columns
     height = width if frame.narrow else min(width, 330)
     everything = [point for panel in panels for point in panel.points]
-    with _style(frame):
-        sheet = _sheet(frame.width, (height + 92) * -(-len(panels) // columns))
+    with styled(frame):
+        sheet = new_sheet(frame.width, (height + 92) * -(-len(panels) // columns))
         for index, panel in enumerate(panels):
             row, column = divmod(index, columns)
-            axes = _axes(sheet, 62 + column * (width + 70), 34 + row * (height + 92), width, height)
+            axes = add_axes(sheet, 62 + column * (width + 70), 34 + row * (height + 92), width, height)
             axes.set(title=panel.title, xlabel=labels[0], ylabel=labels[1])
             axes.set_xlim(*_range([point.x for point in everything]))
             own = [y for point in panel.points for y in _extent(point.low, point.y, point.high)]
             axes.set_ylim(*(y_limits or _range(own)))
             axes.grid()
-            axes.xaxis.set_major_locator(_ticks(5))
-            axes.yaxis.set_major_locator(_ticks(6))
+            axes.xaxis.set_major_locator(tick_places(5))
+            axes.yaxis.set_major_locator(tick_places(6))
             if diagonal:
-                axes.axline((0, 0), slope=1, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+                axes.axline((0, 0), slope=1, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
             _points(axes, panel, width, height)
-        return _svg(sheet, frame)
+        return svg_of(sheet, frame)
 
 
 def boxes(frame: Frame, panels: Sequence[BoxPanel], unit: str) -> str:
@@ -234,23 +167,23 @@ def boxes(frame: Frame, panels: Sequence[BoxPanel], unit: str) -> str:
         unit: Label of the value axis.
     """
     longest = max(len(label) for panel in panels for label in panel.quantiles)
-    left = 12 + min(longest * _CHARACTER, 146 if frame.narrow else 230)
+    left = 12 + min(longest * CHARACTER, 146 if frame.narrow else 230)
     columns = 1 if frame.narrow else min(len(panels), 2)
     width = (frame.width - (left + 14) * columns) / columns
     height = 20 * max(len(panel.quantiles) for panel in panels)
-    with _style(frame):
-        sheet = _sheet(frame.width, (height + 84) * -(-len(panels) // columns))
+    with styled(frame):
+        sheet = new_sheet(frame.width, (height + 84) * -(-len(panels) // columns))
         for index, panel in enumerate(panels):
             row, column = divmod(index, columns)
-            axes = _axes(sheet, left + column * (width + left + 14), 30 + row * (height + 84), width, height)
+            axes = add_axes(sheet, left + column * (width + left + 14), 30 + row * (height + 84), width, height)
             axes.set(title=panel.title, ylim=(height, 0))
             axes.grid(axis="x")
-            names = [_shorten(label, int((left - 8) / _CHARACTER)) for label in panel.quantiles]
-            axes.set_yticks([20 * i + 10 for i in range(len(names))], names, color=_INK)
+            names = [_shorten(label, int((left - 8) / CHARACTER)) for label in panel.quantiles]
+            axes.set_yticks([20 * i + 10 for i in range(len(names))], names, color=INK)
             for i, quantiles in enumerate(panel.quantiles.values()):
                 _box(axes, panel.variant, 20 * i + 10, quantiles)
-            _value_axis(axes, unit, max(3, int(width // 60)))
-        return _svg(sheet, frame)
+            label_values(axes, unit, max(3, int(width // 60)))
+        return svg_of(sheet, frame)
 
 
 def curves(frame: Frame, panels: Sequence[Panel], labels: tuple[str, str]) -> str:
@@ -261,31 +194,31 @@ def curves(frame: Frame, panels: Sequence[Panel], labels: tuple[str, str]) -> st
         panels: One curve each, points in order of x; the title goes into the legend.
         labels: Labels of the x and the y axis, with units.
     """
-    with _style(frame):
-        sheet = _sheet(frame.width, 300)
-        axes = _axes(sheet, 62, 36, frame.width - 76, 210)
+    with styled(frame):
+        sheet = new_sheet(frame.width, 300)
+        axes = add_axes(sheet, 62, 36, frame.width - 76, 210)
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.grid()
         for panel in panels:
             axes.plot(
                 [point.x for point in panel.points],
                 [point.y for point in panel.points],
-                color=_colour(panel.variant),
+                color=colour_of(panel.variant),
                 linewidth=1.8,
                 linestyle="--" if panel.variant == "control" else "-",
                 zorder=4 if panel.variant == "control" else 3,
-                marker=_MARKERS[panel.variant] if len(panel.points) < 12 else None,
+                marker=MARKERS[panel.variant] if len(panel.points) < 12 else None,
             )
-        axes.xaxis.set_major_locator(_ticks(5, integer=True))
-        axes.yaxis.set_major_locator(_ticks(6))
-        _legend(sheet, [(panel.variant, panel.title) for panel in panels], 2)
-        return _svg(sheet, frame)
+        axes.xaxis.set_major_locator(tick_places(5, integer=True))
+        axes.yaxis.set_major_locator(tick_places(6))
+        add_legend(sheet, [(panel.variant, panel.title) for panel in panels], 2)
+        return svg_of(sheet, frame)
 
 
 def _row_frame(axes: "Axes", label: str, y: float, pitch: float, narrow: bool, shaded: bool) -> None:
     if shaded:
-        axes.axhspan(y, y + pitch, color=_BAND, linewidth=0, zorder=0)
-    axes.axhline(y + pitch, color=_GRID, linewidth=0.8)
+        axes.axhspan(y, y + pitch, color=BAND, linewidth=0, zorder=0)
+    axes.axhline(y + pitch, color=GRID, linewidth=0.8)
     where = (0, y + 14 if narrow else y + pitch / 2)
     align = ("left", "baseline") if narrow else ("right", "center")
     axes.annotate(
@@ -299,7 +232,7 @@ def _dots(axes: "Axes", series: Series, heights: Mapping[str, float]) -> None:
     y = [heights[row] for row in known]
     extents = [_extent(one.low, one.value, one.high) for one in known.values()]
     low, high = [min(extent) for extent in extents], [max(extent) for extent in extents]
-    axes.hlines(y, low, high, color=_colour(series.variant), linewidth=2, zorder=3)
+    axes.hlines(y, low, high, color=colour_of(series.variant), linewidth=2, zorder=3)
     for hollow in (False, True):
         rows = [row for row in known if (row in series.hollow) == hollow]
         places = [(value, heights[row]) for row in rows for value in _extent(known[row].value)]
@@ -307,16 +240,16 @@ def _dots(axes: "Axes", series: Series, heights: Mapping[str, float]) -> None:
 
 
 def _markers(axes: "Axes", variant: str, places: Sequence[tuple[float, float]], *, hollow: bool, size: float) -> None:
-    fill, edge = (_SURFACE if hollow else _colour(variant)), _colour(variant)
+    fill, edge = (SURFACE if hollow else colour_of(variant)), colour_of(variant)
     x, y = [x for x, _ in places], [y for _, y in places]
-    axes.plot(x, y, _MARKERS[variant], ms=size, mfc=fill, mec=edge, mew=1.4, zorder=4)
+    axes.plot(x, y, MARKERS[variant], ms=size, mfc=fill, mec=edge, mew=1.4, zorder=4)
 
 
 def _box(axes: "Axes", variant: str, y: float, quantiles: tuple[float, float, float, float, float]) -> None:
     low, lower, median, upper, high = quantiles
-    axes.plot([low, high], [y, y], color=_colour(variant), linewidth=1.4, zorder=3)
-    axes.plot([lower, upper], [y, y], color=_colour(variant), linewidth=10, zorder=3)
-    axes.plot([median, median], [y - 5, y + 5], color=_SURFACE, linewidth=2.4, zorder=4)
+    axes.plot([low, high], [y, y], color=colour_of(variant), linewidth=1.4, zorder=3)
+    axes.plot([lower, upper], [y, y], color=colour_of(variant), linewidth=10, zorder=3)
+    axes.plot([median, median], [y - 5, y + 5], color=SURFACE, linewidth=2.4, zorder=4)
 
 
 def _points(axes: "Axes", panel: Panel, width: float, height: float) -> None:
@@ -324,7 +257,9 @@ def _points(axes: "Axes", panel: Panel, width: float, height: float) -> None:
     extents = {point: _extent(point.low, point.y, point.high) for point in panel.points}
     if not crowded:
         low, high = [min(extent) for extent in extents.values()], [max(extent) for extent in extents.values()]
-        axes.vlines([point.x for point in extents], low, high, color=_colour(panel.variant), lw=1, alpha=0.5, zorder=3)
+        axes.vlines(
+            [point.x for point in extents], low, high, color=colour_of(panel.variant), lw=1, alpha=0.5, zorder=3
+        )
     for hollow in (False, True):
         places = [(point.x, point.y) for point in panel.points if point.hollow == hollow]
         _markers(axes, panel.variant, places, hollow=hollow, size=3 if crowded else 5.5)
@@ -348,7 +283,7 @@ def _point_labels(axes: "Axes", extents: Mapping[Point, Sequence[float]], width:
     for point in sorted(extents, key=lambda point: -point.priority):
         x, y = (point.x - x_low) * x_scale, (point.y - y_low) * y_scale
         text = _shorten(point.label, 30)
-        spot = _free_spot(x, y, len(text) * _CHARACTER, taken, (width, height)) if text else None
+        spot = _free_spot(x, y, len(text) * CHARACTER, taken, (width, height)) if text else None
         if spot is not None:
             taken.append(spot)
             axes.annotate(text, (spot[0] / width, (spot[1] + 3.5) / height), xycoords="axes fraction", zorder=5)
@@ -370,57 +305,6 @@ def _free_spot(
     return None
 
 
-def _sheet(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")  # at 72 dpi a point is a pixel
-
-
-def _axes(sheet: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
-    """Axes at a place in pixels from the top left corner."""
-    full_width, full_height = sheet.get_size_inches() * 72
-    place = (left / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height)
-    axes = sheet.add_axes(place, facecolor="none")
-    axes.tick_params(length=0, pad=5)
-    return axes
-
-
-def _value_axis(axes: "Axes", unit: str, ticks: int) -> None:
-    axes.set_xlabel(unit)
-    axes.margins(x=0.04)
-    axes.xaxis.set_major_locator(_ticks(ticks))
-
-
-def _ticks(most: int, *, integer: bool = False) -> "MaxNLocator":
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(most, integer=True) if integer else MaxNLocator(most, steps=[1, 2, 5, 10])
-
-
-def _legend(sheet: "Figure", entries: Sequence[tuple[str, str]], columns: int) -> None:
-    if len(entries) > 1:
-        from matplotlib.lines import Line2D
-
-        handles = [
-            Line2D(
-                [],
-                [],
-                color=_colour(variant),
-                marker=_MARKERS[variant],
-                ls="--" if variant == "control" else "-",
-                label=label,
-            )
-            for variant, label in entries
-        ]
-        sheet.legend(
-            handles=handles, loc="upper left", bbox_to_anchor=(0, 1), ncols=columns, handlelength=2, columnspacing=1.6
-        )
-
-
-def _colour(variant: str) -> str:
-    return _COLOURS[variant][0]
-
-
 def _shorten(text: str, length: int) -> str:
     """Cut the middle out: the ends of model names tell them apart."""
     tail = max(length // 2 - 1, 1)
@@ -435,29 +319,3 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = (high - low) * 0.08 or 1.0
     return low - margin, high + margin
-
-
-@contextmanager
-def _style(frame: Frame) -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": frame.name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser's fonts draw the text
-        yield
-
-
-def _svg(sheet: "Figure", frame: Frame) -> str:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = BytesIO()
-    FigureCanvasSVG(sheet).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = buffer.getvalue().decode()
-    svg = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
-        lambda match: f'<svg viewBox="{match[1]}" role="img" aria-label="{escape(frame.description)}">',
-        svg,
-        count=1,
-    )
-    svg = re.sub(r"font: ([^;\"]*?)(\d+(?:\.\d+)?px) '[^;\"]*", r"font: \1\2 sans-serif", svg)
-    return re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{frame.name}-", svg)

@@ -14,8 +14,8 @@ from html import escape
 
 from charm_core.rating_history import BoardSeries, DatePoint
 from charm_core.records import Estimate
-from tasks.pages.figures import WIDE
 from tasks.pages.report_text import number, span
+from tasks.pages.sheets import WIDE
 
 LONGEST_JOINED = datetime.timedelta(days=60)
 """Dates of a board that are further apart are not joined by a line."""

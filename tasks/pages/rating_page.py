@@ -9,7 +9,6 @@ from functools import partial
 from charm_core.rating_history import BoardSeries
 from charm_core.records import Record
 from tasks.pages import rating_figures
-from tasks.pages.figures import NARROW, WIDE
 from tasks.pages.rating_figures import LONGEST_JOINED, MOST_PAIRS
 from tasks.pages.rating_page_data import RatingPageData
 from tasks.pages.rating_text import (
@@ -27,6 +26,7 @@ from tasks.pages.rating_text import (
     series_caption,
 )
 from tasks.pages.report_text import number, span
+from tasks.pages.sheets import NARROW, WIDE
 from tasks.pages.templates import template_environment
 
 _GAPS = f"A line has a gap where the board lacks the model, and where its dates are more than {LONGEST_JOINED.days} days apart."

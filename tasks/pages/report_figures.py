@@ -6,7 +6,7 @@ from functools import partial
 from charm_core.mismatch import MismatchReport, PairMismatch
 from charm_core.records import Estimate, Record
 from tasks.pages import figures
-from tasks.pages.figures import NARROW, WIDE, BoxPanel, Frame, Panel, Point, Series
+from tasks.pages.figures import BoxPanel, Panel, Point, Series
 from tasks.pages.report_data import (
     VARIANTS,
     BenchmarkRow,
@@ -17,6 +17,7 @@ from tasks.pages.report_data import (
     VariantName,
 )
 from tasks.pages.report_text import by_overvaluation, number
+from tasks.pages.sheets import NARROW, WIDE, Frame
 
 
 class PageFigure(Record):

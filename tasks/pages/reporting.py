@@ -6,11 +6,11 @@ Pure functions: the same ``ReportData`` gives the same text, byte for byte. Its 
 
 from jinja2 import Environment
 
-from tasks.pages import figures
 from tasks.pages.best_of_n_table import best_of_n_sentence, best_of_n_tables
 from tasks.pages.report_data import ReportData
 from tasks.pages.report_figures import benchmark_columns, first_of_each, heat_map, page_figures, scaled, variant_label
 from tasks.pages.report_text import answer, by_overvaluation, elo, number, p_value, span
+from tasks.pages.sheets import standalone, themed
 from tasks.pages.templates import template_environment
 
 
@@ -31,7 +31,7 @@ def page_environment() -> Environment:
     """Jinja with what the pages' templates use."""
     environment = template_environment()
     environment.filters.update(
-        number=number, elo=elo, span=span, p_value=p_value, scaled=scaled, themed=figures.themed, heat_map=heat_map
+        number=number, elo=elo, span=span, p_value=p_value, scaled=scaled, themed=themed, heat_map=heat_map
     )
     environment.globals.update(
         by_overvaluation=by_overvaluation,
@@ -46,6 +46,4 @@ def page_environment() -> Environment:
 
 def figures_for_tracking(data: ReportData) -> dict[str, bytes]:
     """The figures as SVG files of their own, for a tracker's artifacts: file name to content."""
-    return {
-        f"{name}.svg": figures.standalone(figure.wide or figure.narrow) for name, figure in page_figures(data).items()
-    }
+    return {f"{name}.svg": standalone(figure.wide or figure.narrow) for name, figure in page_figures(data).items()}

@@ -9,12 +9,12 @@ import pytest
 from charm_core.rating_history import BoardSeries, DatePoint, ModelPoint, PairPoint
 from charm_core.rating_movement import BoardMovement, PairChange, PairMovement, RatingChange
 from charm_core.records import Estimate
-from tasks.pages.figures import NARROW, WIDE
 from tasks.pages.rating_figures import MOST_PAIRS, ordered_pairs, pair_chart, rating_chart, standalone
 from tasks.pages.rating_page import board_labels, rating_figures_for_tracking, render_rating_page
 from tasks.pages.rating_page_data import Comparison, RatingHistory, RatingPageData, SnapshotRow
 from tasks.pages.rating_text import board_sentence, pair_sentence, rating_answer, rating_summary
 from tasks.pages.report_data import Provenance
+from tasks.pages.sheets import NARROW, WIDE
 
 START = datetime.date(2025, 1, 6)
 
