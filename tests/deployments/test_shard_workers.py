@@ -14,16 +14,14 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymen
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
-from charm_core.reward_model.spec import RewardModelSpec
-from charm_core.tables import PROMPTS, RESPONSES
 from tasks import shard_runs
 from tasks.caching import use_store
-from tasks.prompts import ResponseSet
-from tasks.scoring import RewardModelRef, Scored, identify_reward_model, score_responses
+from tasks.scoring import RewardModelRef, Scored, score_responses
 from tasks.scoring_settings import ScoringSettings, use_scoring
 from tasks.store import ArtifactStore
 from tests.charm_core.reward_model import tiny
 from tests.prefect_server import PrefectServer
+from tests.tasks.tiny_scoring import response_set, reward_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.deployment]
 
@@ -50,12 +48,7 @@ def store(folder: Path) -> ArtifactStore:
 
 
 def scored(store: ArtifactStore, model: RewardModelRef, deployment: str | None) -> Scored:
-    prompts, responses = tiny.prompts_and_responses(40)
-    answered = ResponseSet(
-        prompts=store.write_table(prompts, PROMPTS),
-        responses=store.write_table(responses, RESPONSES),
-        policy_models=("a", "b", "c"),
-    )
+    answered = response_set(store, 40)
 
     @flow(name="asker", flow_run_name="audit my-rm")
     def scores() -> Any:
@@ -107,7 +100,7 @@ def runs(server: PrefectServer) -> list[FlowRun]:
 def test_a_machine_that_is_lost_costs_its_shard(tmp_path: Path, server: PrefectServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shard_runs, "LOST_SECONDS", 30.0)
     folder = tiny.save_model(tmp_path / "rm")
-    model = identify_reward_model(RewardModelSpec(path=str(folder), max_length=64, min_response_tokens=8))
+    model = reward_model(folder)
     loss = Loss(server.workers())
     loss.start()
     try:

@@ -5,13 +5,13 @@ tests/deployments/test_shard_workers.py.
 """
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -22,18 +22,14 @@ from prefect.flow_engine import run_flow
 from prefect.states import Cancelled, Crashed, Failed, Pending, Running
 
 from charm_core.errors import ModelError, ServiceError, TrainingError
-from charm_core.reward_model import worker
-from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
-from charm_core.reward_model.spec import RewardModelSpec
-from charm_core.tables import PROMPTS, RESPONSES
 from flows.score_shard import score_shard
 from tasks import scoring, shard_runs
 from tasks.caching import use_store
-from tasks.prompts import ResponseSet
-from tasks.scoring import RewardModelRef, Scored, identify_reward_model, score_responses, score_responses_shard
+from tasks.scoring import RewardModelRef, Scored, score_responses, score_responses_shard
 from tasks.scoring_settings import ScoringSettings, use_scoring
 from tasks.store import ArtifactStore
 from tests.charm_core.reward_model import tiny
+from tests.tasks.tiny_scoring import response_set, reward_model, scoring_here
 
 pytestmark = pytest.mark.usefixtures("prefect_session")
 
@@ -60,25 +56,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(folder: Path) -> RewardModelRef:
-    return identify_reward_model(RewardModelSpec(path=str(folder), max_length=64, min_response_tokens=8))
+    return reward_model(folder)
 
 
 @pytest.fixture(autouse=True)
 def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Texts of every shard; what a scoring process does is done in this one, for starting it takes seconds."""
     counts: list[int] = []
-
-    def counted(job: ScoringJob, _progress: Callable[[int, int], None]) -> ScoringSummary:
-        counts.append(pl.read_parquet(job.responses_path).height)
-        worker._score(job)
-        return ScoringSummary.model_validate_json(job.scores_path.with_suffix(".json").read_text())
-
-    monkeypatch.setattr(scoring, "run_scoring", counted)
+    monkeypatch.setattr(scoring, "run_scoring", scoring_here(counts))
     for one in (score_responses, score_responses_shard):
         monkeypatch.setattr(one._task, "retry_delay_seconds", 0)
     monkeypatch.setattr(shard_runs, "_POLL_SECONDS", 0.2)
     monkeypatch.setattr(shard_runs, "BEAT_SECONDS", 0.2)
     return counts
+
+
+class Clock:
+    """The asker's clock, which can be put forward: no test waits for minutes, and none depends on how busy the machine is."""
+
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(shard_runs, "time", found)
+    return found
 
 
 class StandIn(threading.Thread):
@@ -156,19 +165,10 @@ def deployment() -> Iterator[tuple[str, uuid.UUID]]:
         )
 
 
-def response_set(store: ArtifactStore) -> ResponseSet:
-    prompts, responses = tiny.prompts_and_responses(TEXTS // 3)
-    return ResponseSet(
-        prompts=store.write_table(prompts, PROMPTS),
-        responses=store.write_table(responses, RESPONSES),
-        policy_models=("a", "b", "c"),
-    )
-
-
 def scored(store: ArtifactStore, model: RewardModelRef, deployment: str | None) -> Scored:
     @flow(name="asker", flow_run_name="audit my-rm")
     def scores() -> Any:
-        return score_responses(model, response_set(store))
+        return score_responses(model, response_set(store, TEXTS // 3))
 
     with use_store(store), use_scoring(ScoringSettings(shard_texts=TEXTS // SHARDS, deployment=deployment)):
         return scores()  # type: ignore[no-any-return]
@@ -200,35 +200,37 @@ def test_what_is_recorded_is_asked_of_nobody(
     store: ArtifactStore, model: RewardModelRef, deployment: tuple[str, uuid.UUID], processes: list[int]
 ):
     first = scored(store, model, None)
-    store.forget_step(score_responses.key(model, response_set(store)))
+    store.forget_step(score_responses.key(model, response_set(store, TEXTS // 3)))
     assert scored(store, model, deployment[0]) == first
     assert len(processes) == SHARDS
 
 
 @pytest.mark.parametrize(
-    ("trouble", "patience"),
+    ("trouble", "later"),
     [
-        (fails("Flow run encountered an exception: BrokenPipeError: [Errno 32] Broken pipe"), None),
-        (fails("Flow run encountered an exception: WorkerLostError: ended by signal 9"), None),
-        (falls_silent, "LOST_SECONDS"),
-        (taken_by(None), "LOST_SECONDS"),
-        (taken_by("a worker that has gone"), "LOST_SECONDS"),
-        (taken_by("a worker that is there", there=True), "STARTING_SECONDS"),
+        (fails("Flow run encountered an exception: BrokenPipeError: [Errno 32] Broken pipe"), 0.0),
+        (fails("Flow run encountered an exception: WorkerLostError: ended by signal 9"), 0.0),
+        (falls_silent, shard_runs.LOST_SECONDS),
+        (taken_by(None), shard_runs.LOST_SECONDS),
+        (taken_by("a worker that has gone"), shard_runs.LOST_SECONDS),
+        (taken_by("a worker that is there", there=True), shard_runs.STARTING_SECONDS),
     ],
     ids=["broken pipe", "killed", "silent", "taken by nobody", "its worker has gone", "never starts"],
 )
 def test_a_lost_shard_is_given_to_another_worker(
     trouble: Does,
-    patience: str | None,
+    later: float,
     store: ArtifactStore,
     model: RewardModelRef,
     deployment: tuple[str, uuid.UUID],
     processes: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
 ):
-    if patience is not None:
-        monkeypatch.setattr(shard_runs, patience, 5.0)
-    with StandIn(deployment[1], trouble) as stand_in:
+    def works_and_time_goes_by(client: SyncPrefectClient, run: FlowRun) -> None:
+        works(client, run)
+        clock.ahead += later + 5
+
+    with StandIn(deployment[1], trouble, works_and_time_goes_by) as stand_in:
         scored(store, model, deployment[0])
     ended = states(stand_in)
     assert len(ended) == SHARDS + 1
@@ -241,21 +243,18 @@ def test_a_lost_shard_is_given_to_another_worker(
 
 
 def test_a_run_that_lives_is_waited_for(
-    store: ArtifactStore,
-    model: RewardModelRef,
-    deployment: tuple[str, uuid.UUID],
-    processes: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    store: ArtifactStore, model: RewardModelRef, deployment: tuple[str, uuid.UUID], processes: list[int], clock: Clock
 ):
-    monkeypatch.setattr(shard_runs, "LOST_SECONDS", 4.0)
-    quick = scoring.run_scoring
+    def takes_its_time(client: SyncPrefectClient, run: FlowRun) -> None:
+        client.set_flow_run_state(run.id, Running(), force=True)
+        for beat in range(4):
+            client.update_flow_run_labels(run.id, {"charm.beat": beat})
+            time.sleep(0.5)
+            clock.ahead += 0.7 * shard_runs.LOST_SECONDS
+        client.set_flow_run_state(run.id, Pending(), force=True)
+        works(client, run)
 
-    def slow(job: ScoringJob, progress: Callable[[int, int], None]) -> ScoringSummary:
-        threading.Event().wait(0.0 if processes else 6.0)
-        return quick(job, progress)
-
-    monkeypatch.setattr(scoring, "run_scoring", slow)
-    with StandIn(deployment[1]) as stand_in:
+    with StandIn(deployment[1], takes_its_time) as stand_in:
         scored(store, model, deployment[0])
     assert len(states(stand_in)) == SHARDS
     assert sum(processes) == TEXTS
@@ -353,15 +352,19 @@ def test_that_no_worker_takes_a_shard_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
-    monkeypatch.setattr(shard_runs, "UNTAKEN_SECONDS", 1.0)
-    stand_in = StandIn(deployment[1])
-    late = threading.Timer(3.0, stand_in.start)
-    late.start()
-    try:
-        scored(store, model, deployment[0])
-    finally:
-        late.join()
-        stand_in.__exit__()
+    monkeypatch.setattr(shard_runs, "UNTAKEN_SECONDS", 0.0)
     pool = deployment[0].partition("/")[2]
-    said = [line for line in caplog.messages if f"prefect worker start --pool {pool} --limit 1" in line]
-    assert len(said) == SHARDS
+
+    def said() -> int:
+        return sum(f"prefect worker start --pool {pool} --limit 1" in line for line in caplog.messages)
+
+    class Late(StandIn):
+        def run(self) -> None:
+            while said() < SHARDS and not self._ended.wait(0.1):
+                pass
+            time.sleep(1.0)
+            super().run()
+
+    with Late(deployment[1]):
+        scored(store, model, deployment[0])
+    assert said() == SHARDS

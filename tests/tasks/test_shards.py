@@ -7,23 +7,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import psutil
 import pytest
 from prefect import flow
 
 from charm_core.errors import ConfigError, ModelError, ServiceError, TrainingError, WorkerLostError
-from charm_core.reward_model import worker
 from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
-from charm_core.reward_model.spec import RewardModelSpec
-from charm_core.tables import PROMPTS, RESPONSES
 from tasks import scoring
 from tasks.caching import use_store
-from tasks.prompts import ResponseSet
-from tasks.scoring import RewardModelRef, Scored, identify_reward_model, score_responses, score_responses_shard
+from tasks.scoring import RewardModelRef, Scored, score_responses, score_responses_shard
 from tasks.scoring_settings import RayCluster, ScoringProcesses, ScoringSettings, use_scoring
 from tasks.store import ArtifactStore
 from tests.charm_core.reward_model import tiny
+from tests.tasks.tiny_scoring import response_set, reward_model, scoring_here
 
 pytestmark = pytest.mark.usefixtures("prefect_session")
 
@@ -44,22 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(folder: Path) -> RewardModelRef:
-    return identify_reward_model(RewardModelSpec(path=str(folder), max_length=64, min_response_tokens=8))
-
-
-def response_set(store: ArtifactStore) -> ResponseSet:
-    prompts, responses = tiny.prompts_and_responses(PROMPTS_IN_ALL)
-    return ResponseSet(
-        prompts=store.write_table(prompts, PROMPTS),
-        responses=store.write_table(responses, RESPONSES),
-        policy_models=("a", "b", "c"),
-    )
+    return reward_model(folder)
 
 
 def scored(store: ArtifactStore, model: RewardModelRef, settings: ScoringSettings) -> Scored:
     @flow
     def scores() -> Any:
-        return score_responses(model, response_set(store))
+        return score_responses(model, response_set(store, PROMPTS_IN_ALL))
 
     with use_store(store), use_scoring(settings):
         return scores()  # type: ignore[no-any-return]
@@ -69,13 +56,7 @@ def scored(store: ArtifactStore, model: RewardModelRef, settings: ScoringSetting
 def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Texts of every shard; what the process does is done in this one, for starting it takes seconds."""
     counts: list[int] = []
-
-    def counted(job: ScoringJob, _progress: Callable[[int, int], None]) -> ScoringSummary:
-        counts.append(pl.read_parquet(job.responses_path).height)
-        worker._score(job)
-        return ScoringSummary.model_validate_json(job.scores_path.with_suffix(".json").read_text())
-
-    monkeypatch.setattr(scoring, "run_scoring", counted)
+    monkeypatch.setattr(scoring, "run_scoring", scoring_here(counts))
     return counts
 
 
@@ -92,7 +73,7 @@ def test_shards_give_the_scores_of_one_piece(store: ArtifactStore, model: Reward
         scored(store, model, ScoringSettings(shard_texts=SHARD_TEXTS)) == whole
     )  # it is known, however it would be cut
     assert processes == [120]
-    store.forget_step(score_responses.key(model, response_set(store)))
+    store.forget_step(score_responses.key(model, response_set(store, PROMPTS_IN_ALL)))
     cut = scored(store, model, ScoringSettings(shard_texts=SHARD_TEXTS))
     assert len(processes) == 5
     assert sum(processes[1:]) == 120
@@ -108,7 +89,7 @@ def test_the_size_of_shards_does_not_matter_where_one_is_enough(
     store: ArtifactStore, model: RewardModelRef, processes: list[int]
 ):
     first = scored(store, model, ScoringSettings(shard_texts=120))
-    store.forget_step(score_responses.key(model, response_set(store)))
+    store.forget_step(score_responses.key(model, response_set(store, PROMPTS_IN_ALL)))
     assert scored(store, model, ScoringSettings(shard_texts=100_000)) == first
     assert processes == [120, 120]
 

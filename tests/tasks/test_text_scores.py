@@ -7,7 +7,6 @@ import polars as pl
 import pytest
 
 from charm_core.errors import ArtifactError, ModelError
-from charm_core.reward_model import worker
 from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
 from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec
@@ -18,6 +17,7 @@ from tasks.scoring import RewardModelRef, identify_reward_model
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.text_scores import ScoredTexts, score_texts, text_digest
 from tests.charm_core.reward_model import tiny
+from tests.tasks.tiny_scoring import reward_model, scoring_here
 
 
 @pytest.fixture
@@ -32,20 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(folder: Path) -> RewardModelRef:
-    return identify_reward_model(RewardModelSpec(path=str(folder), max_length=64, min_response_tokens=8))
+    return reward_model(folder)
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Texts of every pass; what the process does is done in this one, for starting it takes seconds."""
     counts: list[int] = []
-
-    def counted(job: ScoringJob, _progress: Callable[[int, int], None]) -> ScoringSummary:
-        counts.append(pl.read_parquet(job.responses_path).height)
-        worker._score(job)
-        return ScoringSummary.model_validate_json(job.scores_path.with_suffix(".json").read_text())
-
-    monkeypatch.setattr(text_scores, "run_scoring", counted)
+    monkeypatch.setattr(text_scores, "run_scoring", scoring_here(counts))
     return counts
 
 
