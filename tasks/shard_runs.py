@@ -83,6 +83,40 @@ class _Shard:
     done: bool = False
 
 
+class _Away:
+    """Endures a Prefect server that is away for some minutes."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    @contextlib.contextmanager
+    def endured(self) -> Iterator[None]:
+        """Leave out what fails because the server is away.
+
+        Raises:
+            ServiceError: It has been for too long.
+        """
+        now = time.monotonic()
+        try:
+            yield
+        except httpx.HTTPError as error:
+            if self._since is None:
+                self._since = now
+                run_logger().warning("the Prefect server does not answer (%s); waiting for it", error)
+            if now - self._since > _AWAY_SECONDS:
+                raise ServiceError(
+                    f"the Prefect server did not answer for {_AWAY_SECONDS:.0f} seconds ({error}); finished shards are kept, run again to "
+                    "go on"
+                ) from None
+
+    def has_answered(self, shards: Sequence[_Shard]) -> None:
+        """It is there, again or still: where it was away, no shard could give a sign of life meanwhile."""
+        if self._since is not None:
+            self._since = None
+            for shard in shards:
+                shard.changed = time.monotonic()
+
+
 class ShardRuns:
     """Flow runs of a deployment, one per shard."""
 
@@ -96,7 +130,7 @@ class ShardRuns:
         Raises:
             ServiceError: There is none of that name on the Prefect server.
         """
-        self._name = name
+        self._name, self._away = name, _Away()
         with get_client(sync_client=True) as client:
             try:
                 found = client.read_deployment_by_name(deployment)
@@ -125,8 +159,8 @@ class ShardRuns:
                 self._start(shard, len(shards))
             while open_shards := [shard for shard in shards if not shard.done]:
                 time.sleep(_POLL_SECONDS)
-                for shard, run in self._seen(open_shards):
-                    self._look(shard, run, len(shards))
+                with self._away.endured():
+                    self._look_at(open_shards, len(shards))
                 on_done(sum(shard.done and shard.outcome is None for shard in shards))
         except BaseException:
             self._cancel([shard for shard in shards if not shard.done])
@@ -136,8 +170,7 @@ class ShardRuns:
             raise failed[0]
 
     def _start(self, shard: _Shard, of: int) -> None:
-        shard.tries += 1
-        again = f" · try {shard.tries}" if shard.tries > 1 else ""
+        again = f" · try {shard.tries + 1}" if shard.tries else ""
         with get_client(sync_client=True) as client:
             shard.run = client.create_flow_run_from_deployment(
                 self._deployment,
@@ -145,35 +178,20 @@ class ShardRuns:
                 name=f"{self._name} · shard {shard.number} of {of}{again}",
                 tags=["charm", "shard"],
             )
-        shard.changed, shard.told = time.monotonic(), False
+        shard.tries, shard.changed, shard.told = shard.tries + 1, time.monotonic(), False
 
-    def _seen(self, shards: Sequence[_Shard]) -> list[tuple[_Shard, FlowRun]]:
-        """The runs as the server has them now; waits for a server that is away."""
-        by_id = {shard.run.id: shard for shard in shards if shard.run is not None}
-        ids = list(by_id)
-        away: float | None = None
-        while True:
-            try:
-                with get_client(sync_client=True) as client:
-                    runs = [
-                        run for start in range(0, len(ids), _PAGE) for run in _read(client, ids[start : start + _PAGE])
-                    ]
-                break
-            except httpx.TransportError as error:
-                now = time.monotonic()
-                if away is None:
-                    run_logger().warning("the Prefect server does not answer (%s); waiting for it", error)
-                away = away or now
-                if now - away > _AWAY_SECONDS:
-                    raise ServiceError(
-                        f"the Prefect server did not answer for {_AWAY_SECONDS:.0f} seconds ({error}); finished shards are kept, run "
-                        "again to go on"
-                    ) from None
-                time.sleep(_POLL_SECONDS)
-        if away is not None:  # nobody could give a sign of life meanwhile
-            for shard in shards:
-                shard.changed = time.monotonic()
-        return [(by_id[run.id], run) for run in runs]
+    def _look_at(self, shards: Sequence[_Shard], of: int) -> None:
+        ids = [shard.run.id for shard in shards if shard.run is not None]
+        with get_client(sync_client=True) as client:
+            found = [run for start in range(0, len(ids), _PAGE) for run in _read(client, ids[start : start + _PAGE])]
+        self._away.has_answered(shards)
+        by_id = {run.id: run for run in found}
+        for shard in shards:
+            run = by_id.get(shard.run.id) if shard.run is not None else None
+            if run is None:
+                self._lost(shard, of, "somebody has deleted its run")
+            else:
+                self._look(shard, run, of)
 
     def _look(self, shard: _Shard, run: FlowRun, of: int) -> None:
         """Draw conclusions from what a run looks like now."""

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -305,6 +306,75 @@ def test_a_cancelled_shard_is_not_done_again(
     with StandIn(deployment[1], cancels) as stand_in, pytest.raises(ServiceError, match=r"shard 1 of 2 was cancelled"):
         scored(store, model, deployment[0])
     assert len(states(stand_in)) == SHARDS
+
+
+def test_a_run_that_somebody_deletes_is_given_to_another_worker(
+    store: ArtifactStore, model: RewardModelRef, deployment: tuple[str, uuid.UUID], processes: list[int]
+):
+    with StandIn(deployment[1], lambda client, run: client.delete_flow_run(run.id)) as stand_in:
+        scored(store, model, deployment[0])
+    assert [state for _, state in states(stand_in)] == ["Completed"] * SHARDS
+    assert sum(processes) == TEXTS
+
+
+class AwayFor:
+    """Stands in for the server's answer about flow runs: it does not come a few times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self._answer = shard_runs._read
+
+    def __call__(self, client: SyncPrefectClient, ids: list[uuid.UUID]) -> list[FlowRun]:
+        self.times -= 1
+        if self.times >= 0:
+            raise httpx.ConnectError("connection refused")
+        return self._answer(client, ids)
+
+
+def test_a_server_that_is_away_is_waited_for_and_no_shard_counts_as_lost(
+    store: ArtifactStore,
+    model: RewardModelRef,
+    deployment: tuple[str, uuid.UUID],
+    processes: list[int],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def takes_longer_than_that(client: SyncPrefectClient, run: FlowRun) -> None:
+        falls_silent(client, run)
+        time.sleep(1.0)
+        monkeypatch.setattr(shard_runs, "_read", away := AwayFor(5))
+        while away.times > 3:
+            time.sleep(0.1)
+        clock.ahead += 2 * shard_runs.LOST_SECONDS
+        while away.times >= 0:
+            time.sleep(0.1)
+        client.set_flow_run_state(run.id, Pending(), force=True)
+        works(client, run)
+
+    with StandIn(deployment[1], takes_longer_than_that) as stand_in:
+        scored(store, model, deployment[0])
+    assert len(states(stand_in)) == SHARDS
+    assert sum(processes) == TEXTS
+
+
+def test_a_server_that_stays_away_is_an_error(
+    store: ArtifactStore,
+    model: RewardModelRef,
+    deployment: tuple[str, uuid.UUID],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(shard_runs, "_read", away := AwayFor(1_000_000))
+
+    def sleep(_seconds: float) -> None:
+        clock.ahead += 110.0
+
+    monkeypatch.setattr(clock, "sleep", sleep)
+    with pytest.raises(
+        ServiceError, match=r"did not answer for 300 seconds \(connection refused\); finished shards are"
+    ):
+        scored(store, model, deployment[0])
+    assert away.times == 1_000_000 - 4
 
 
 def test_who_gives_up_leaves_no_run_behind(
