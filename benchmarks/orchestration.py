@@ -125,7 +125,7 @@ def line(what: str, seconds: float | str, cpu: float | str, more: str, target: s
     """Of the table."""
     cells = (f"{value:.1f}" if isinstance(value, float) else value for value in (seconds, cpu))
     wall, busy = cells
-    return f"{what:38}{wall:>9}{busy:>8}  {more:32}{target}"
+    return f"{what:38}{wall:>9}{busy:>8}  {more:40}{target}"
 
 
 def cached_run(folder: Path, environment: Mapping[str, str]) -> Took:
