@@ -72,6 +72,18 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.fixture(autouse=True)
+def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should the stand-in fail, the asker does not wait for ever."""
+    looks, deadline = shard_runs.ShardRuns._look_at, time.monotonic() + 300
+
+    def look_at(self: shard_runs.ShardRuns, *arguments: Any) -> None:
+        assert time.monotonic() < deadline, "no end in sight"
+        looks(self, *arguments)
+
+    monkeypatch.setattr(shard_runs.ShardRuns, "_look_at", look_at)
+
+
 class Clock:
     """The asker's clock, which can be put forward: no test waits for minutes, and none depends on how busy the machine is."""
 
