@@ -29,7 +29,7 @@ from tasks.pages.report_data import ReportData
 from tasks.pages.report_text import aligned
 from tasks.publishing import publish_markdown
 from tasks.registry import GATE_TAG, PromotionConfig, evidence_ref, judge_promotion, roll_back, withdraw
-from tasks.tracking_store import open_registry
+from tasks.tracking import open_registry
 
 
 class PromoteRun(Form):

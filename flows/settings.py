@@ -14,7 +14,7 @@ from tasks.addresses import shown_address
 from tasks.nodes import NodeSettings, read_hosts
 from tasks.scoring_settings import RayCluster, ScoringProcesses, ScoringSettings
 from tasks.store import ArtifactStore
-from tasks.tracking_store import TrackingSettings
+from tasks.tracking_settings import TrackingSettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

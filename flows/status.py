@@ -14,7 +14,8 @@ from flows.command_line import run_from_command_line
 from flows.settings import RuntimeSettings
 from tasks.model_registry import ModelRegistry
 from tasks.standing import Age, Standing, standings
-from tasks.tracking_store import is_empty, open_registry
+from tasks.tracking import open_registry
+from tasks.tracking_settings import is_empty
 from tasks.unfinished_runs import UnfinishedRun, unfinished_runs
 
 

@@ -1,4 +1,4 @@
-"""Runs in MLflow, which only this module and ``tracking_store`` import, and late, because the import alone takes seconds.
+"""Runs in MLflow: the only module that imports it, and late, because the import alone takes seconds.
 
 One MLflow run per flow run, opened and closed by ``tracked_run``, so that its status is right after success, failure
 and Ctrl-C. Every call names its run: no process-wide "active run" that a thread or a child process could inherit.
@@ -9,28 +9,21 @@ import contextlib
 import logging
 import numbers
 import re
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import polars as pl
 
 from charm_core.errors import ServiceError
-from tasks.interrupts import signals_wait
+from tasks.interrupts import WholeCalls, signals_wait
 from tasks.origin import git_revision, package_versions
 from tasks.process_identity import has_ended, process_identity
 from tasks.store import ArtifactRef
-from tasks.tracking_store import (
-    TrackingSettings,
-    check_tracking,
-    creation_lock,
-    experiment_id_of,
-    mlflow_error,
-    open_client,
-    registry_client,
-)
+from tasks.tracking_settings import SQLITE, TrackingSettings, check_tracking, creation_lock, unwritable
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +92,7 @@ class TrackedRun:
         """
         try:
             self.log_curve(rows)
-        except mlflow_error() as error:
+        except _mlflow_error() as error:
             logger.warning(
                 "MLflow at %s does not take the curve; training goes on without: %s", self._settings.shown_uri, error
             )
@@ -111,7 +104,7 @@ class TrackedRun:
         try:
             self._client.update_run(self.run_id, name=name)
             self._client.set_tag(self.run_id, "mlflow.note.content", description)
-        except mlflow_error() as error:
+        except _mlflow_error() as error:
             logger.warning("MLflow at %s does not take the name of this run: %s", self._settings.shown_uri, error)
 
     def log_text(self, text: str, name: str) -> None:
@@ -141,7 +134,7 @@ class TrackedRun:
         for left in reversed(range(_LOG_TRIES)):
             try:
                 self._client.log_inputs(self.run_id, datasets=inputs)
-            except mlflow_error() as error:
+            except _mlflow_error() as error:
                 # another run told of the same artifacts at the same moment; MLflow finds those there the next time
                 if not left or "unique" not in str(error).lower():
                     raise
@@ -155,7 +148,7 @@ class TrackedRun:
 
     def registry(self) -> contextlib.AbstractContextManager[Any]:
         """The model registry of the same server; see ``open_registry``. A run that is under way waits for that a while."""
-        return registry_client(self._settings)
+        return _registry(self._settings)
 
     @contextlib.contextmanager
     def nested(self, name: str, tags: Mapping[str, str] | None = None) -> Iterator["TrackedRun"]:
@@ -180,10 +173,10 @@ def tracked_run(settings: TrackingSettings, name: str, *, tags: Mapping[str, str
     check_tracking(settings)
     try:
         with creation_lock(settings):
-            client = open_client(settings)
-            experiment_id = experiment_id_of(client, settings)
+            client = _client(settings)
+            experiment_id = _experiment(client, settings)
         _close_abandoned_runs(client, experiment_id)
-    except mlflow_error() as error:
+    except _mlflow_error() as error:
         raise ServiceError(f"MLflow at {settings.shown_uri} cannot be used: {error}") from error
     try:
         with _open_run(settings, client, experiment_id, name, {**_origin(), **tags}) as run:
@@ -192,7 +185,7 @@ def tracked_run(settings: TrackingSettings, name: str, *, tags: Mapping[str, str
                 yield run
             finally:
                 _current.reset(token)
-    except mlflow_error() as error:
+    except _mlflow_error() as error:
         raise ServiceError(
             f"MLflow at {settings.shown_uri} did not take what this run had to say ({error}); finished steps are kept: see that it "
             f"answers and run again"
@@ -225,7 +218,7 @@ def register_version(run: TrackedRun, model_name: str, source: str, tags: Mappin
     known = _versions_of(client, model_name, tags["digest"])
     if known:
         return min(known, key=int)
-    with contextlib.suppress(mlflow_error()):  # it exists already
+    with contextlib.suppress(_mlflow_error()):  # it exists already
         client.create_registered_model(model_name)
     location = client.get_run(run.run_id).info.artifact_uri + "/" + source.removeprefix(f"runs:/{run.run_id}/")
     created = str(client.create_model_version(model_name, location, run_id=run.run_id, tags=dict(tags)).version)
@@ -234,6 +227,27 @@ def register_version(run: TrackedRun, model_name: str, source: str, tags: Mappin
     if int(created) != first:
         client.delete_model_version(model_name, created)
     return str(first)
+
+
+@contextlib.contextmanager
+def open_registry(settings: TrackingSettings) -> Iterator[Any]:
+    """MLflow's client for the model registry; where that is a SQLite file, for one process at a time.
+
+    Raises:
+        ServiceError: The registry does not answer, or will not do it.
+    """
+    check_tracking(settings)
+    with _registry(settings) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _registry(settings: TrackingSettings) -> Iterator[Any]:
+    try:
+        with creation_lock(settings):
+            yield _client(settings)
+    except _mlflow_error() as error:
+        raise ServiceError(f"the MLflow model registry at {settings.shown_uri} cannot be used: {error}") from error
 
 
 @contextlib.contextmanager
@@ -290,7 +304,7 @@ def _close_if_possible(settings: TrackingSettings, client: Any, closing: Mapping
         for run_id, status in closing.items():
             client.set_terminated(run_id, status)
             del left[run_id]
-    except (ServiceError, mlflow_error()) as error:
+    except (ServiceError, _mlflow_error()) as error:
         logger.warning("MLflow runs %s could not be closed; that is done later: %s", left, error)
     return left
 
@@ -301,6 +315,72 @@ def _versions_of(client: Any, model_name: str, digest: str) -> list[str]:
         for version in client.search_model_versions(f"name = '{model_name}'")
         if version.tags.get("digest") == digest
     ]
+
+
+def _client(settings: TrackingSettings) -> Any:
+    """MLflow's client, with tables in a SQLite file that has none yet; under ``creation_lock``."""
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if settings.uri.startswith(SQLITE):
+        _make_tables(Path(settings.uri.removeprefix(SQLITE)))
+    client = MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
+    # an interrupted call would leave the SQLite file locked by this very process, which could then not close its runs
+    return WholeCalls(client) if settings.uri.startswith(SQLITE) else client
+
+
+def _experiment(client: Any, settings: TrackingSettings) -> str:
+    """Id of the experiment, which is made if it is not there.
+
+    Raises:
+        ServiceError: It was deleted.
+    """
+    known = client.get_experiment_by_name(settings.experiment)
+    if known is not None and known.lifecycle_stage == "deleted":
+        raise ServiceError(
+            f"the MLflow experiment {settings.experiment!r} was deleted; restore it, or set CHARM_EXPERIMENT to another name"
+        )
+    if known is not None:
+        return str(known.experiment_id)
+    try:
+        return str(client.create_experiment(settings.experiment, artifact_location=settings.artifact_location))
+    except _mlflow_error():
+        known = client.get_experiment_by_name(settings.experiment)
+        if known is None:
+            raise
+        return str(known.experiment_id)  # another run made it in between
+
+
+def _make_tables(path: Path) -> None:
+    """Make MLflow's tables in a SQLite file that is empty, in memory first.
+
+    MLflow makes them by all of its migrations one after the other, and would wait for the disk some 130 times.
+    """
+    if path.stat().st_size:
+        return
+    from mlflow.store.db.utils import _initialize_tables
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import StaticPool
+
+    engine = create_engine("sqlite://", poolclass=StaticPool)  # one connection: each would be a database of its own
+    try:
+        _initialize_tables(engine)
+        made = cast(sqlite3.Connection, engine.raw_connection().driver_connection)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            made.backup(database)  # one transaction: the file has all tables or none
+    except sqlite3.Error as error:
+        raise unwritable(path, error) from None
+    finally:
+        engine.dispose()
+
+
+def _mlflow_error() -> type[Exception]:
+    """What MLflow raises, imported when it is needed."""
+    from mlflow.exceptions import MlflowException
+
+    exception: type[Exception] = MlflowException
+    return exception
 
 
 def _close_abandoned_runs(client: Any, experiment_id: str) -> None:

@@ -20,8 +20,7 @@ from tasks.model_registry import ModelRegistry
 from tasks.ratings.snapshots import BoardName, RatingSnapshot, keep_snapshots
 from tasks.recalibration import note_calibration
 from tasks.registry import PromotionConfig, register_model, settle_promotion
-from tasks.tracking import TITLE_TAG, TrackedRun, tracked_run
-from tasks.tracking_store import open_registry
+from tasks.tracking import TITLE_TAG, TrackedRun, open_registry, tracked_run
 from tests.promotion_samples import report
 
 NAME = "charm-sample"

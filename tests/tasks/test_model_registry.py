@@ -11,7 +11,8 @@ import pytest
 from charm_core.errors import ConfigError, ServiceError
 from tasks.model_registry import Action, ModelRegistry, Move, champions_in_turn, split_version
 from tasks.registry import roll_back, withdraw
-from tasks.tracking_store import TrackingSettings, open_registry
+from tasks.tracking import open_registry
+from tasks.tracking_settings import TrackingSettings
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

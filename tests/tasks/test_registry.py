@@ -27,8 +27,8 @@ from tasks.registry import (
     settle_promotion,
 )
 from tasks.store import ArtifactRef, ArtifactStore
-from tasks.tracking import TrackedRun, tracked_run
-from tasks.tracking_store import TrackingSettings, open_registry
+from tasks.tracking import TrackedRun, open_registry, tracked_run
+from tasks.tracking_settings import TrackingSettings
 from tests.promotion_samples import report, with_domain
 
 GATE = PromotionConfig()

@@ -20,8 +20,8 @@ import pytest
 from charm_core.errors import ArtifactError, ServiceError
 from tasks.process_identity import process_identity
 from tasks.store import ArtifactRef
-from tasks.tracking import TrackedRun, current_run, register_version, tracked_run
-from tasks.tracking_store import TrackingSettings, check_tracking, open_registry
+from tasks.tracking import TrackedRun, current_run, open_registry, register_version, tracked_run
+from tasks.tracking_settings import TrackingSettings, check_tracking
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ class TestStatus:
         script = (
             "import sys, os\n"
             "from tasks.tracking import tracked_run\n"
-            "from tasks.tracking_store import TrackingSettings\n"
+            "from tasks.tracking_settings import TrackingSettings\n"
             "with tracked_run(TrackingSettings.model_validate_json(sys.argv[1]), 'victim', tags={}) as run:\n"
             "    with run.nested('training') as child:\n"
             "        sys.stdout.write(f'{run.run_id} {child.run_id}\\n')\n"
@@ -256,7 +256,7 @@ class TestServerAway:
             raise ServiceError("does not answer")
 
         with tracked_run(settings, "run", tags={}) as run:
-            monkeypatch.setattr("tasks.tracking_store.check_tracking", away)
+            monkeypatch.setattr("tasks.tracking.check_tracking", away)
             with pytest.raises(ServiceError, match=r"does not answer"), open_registry(settings):
                 pass
             with run.registry() as client:  # it is the client that waits, or gives up
@@ -477,7 +477,7 @@ class TestServices:
         script = (
             "import sys\n"
             "from tasks.tracking import tracked_run\n"
-            "from tasks.tracking_store import TrackingSettings\n"
+            "from tasks.tracking_settings import TrackingSettings\n"
             "with tracked_run(TrackingSettings.model_validate_json(sys.argv[1]), 'run', tags={}) as run:\n"
             "    run.log_metrics({'a': 1.0})\n"
         )
