@@ -9,16 +9,12 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from charm_core.errors import ConfigError
-from flows.settings import RuntimeSettings, find_secret
-from tasks.abandoned_flow_runs import claim_flow_run, crash_abandoned_flow_runs
-from tasks.caching import use_store
-from tasks.device_turns import use_cpu_jobs
+from flows.session import open_workplace
+from flows.settings import RuntimeSettings
+from tasks.abandoned_flow_runs import claim_flow_run
 from tasks.scoring import RewardModelRef, ShardToScore, score_responses_shard
 from tasks.scoring_settings import ScoringProcesses
-from tasks.scratch import remove_abandoned_folders
-from tasks.secrets import use_secrets
 from tasks.shard_runs import signs_of_life
-from tasks.source_digests import use_digest_memo
 
 
 @flow(name="score-shard")
@@ -31,27 +27,22 @@ def score_shard(store: str, model: RewardModelRef, shard: ShardToScore) -> State
         shard: What to score with it.
 
     Raises:
+        ArtifactError: The store cannot be written.
         ConfigError: The store of this worker is another one.
         ModelError: The reward model is another one here, or cannot be used.
         WorkerLostError: A process was killed three times.
     """
     runtime = RuntimeSettings()
-    here = runtime.artifact_store()
-    if here.url != store:
+    here = runtime.artifact_store().url
+    if here != store:
         raise ConfigError(
-            f"the store of this worker is {here.url}, that of the scoring is {store}: nobody would find the scores; give all workers "
+            f"the store of this worker is {here}, that of the scoring is {store}: nobody would find the scores; give all workers "
             "of the shards the same CHARM_STORE"
         )
     with contextlib.ExitStack() as stack:
         if flow_run.id is not None:
             claim_flow_run(UUID(str(flow_run.id)))
             stack.enter_context(signs_of_life(UUID(str(flow_run.id))))
-        here.check_writable()
-        crash_abandoned_flow_runs()
-        remove_abandoned_folders()
-        stack.enter_context(use_store(here))
-        stack.enter_context(use_digest_memo(runtime.digest_memo()))
-        stack.enter_context(use_secrets(find_secret))
-        stack.enter_context(use_cpu_jobs(runtime.cpu_jobs))
+        stack.enter_context(open_workplace(runtime))
         scored = score_responses_shard(model, shard, ScoringProcesses(number=runtime.scoring_processes))
         return Completed(message=f"{scored.summary.texts:,} texts scored.")

@@ -26,7 +26,7 @@ from tasks.secrets import use_secrets
 from tasks.source_digests import use_digest_memo
 from tasks.store import ArtifactStore
 from tasks.tracking import TITLE_TAG, TrackedRun, tracked_run
-from tasks.tracking_store import check_tracking
+from tasks.tracking_settings import check_tracking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +66,11 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
     if flow_run.id is not None:
         claim_flow_run(UUID(str(flow_run.id)))  # first: a run that is killed before that is shown as running for ever
     runtime = RuntimeSettings()
-    store = runtime.artifact_store()
-    store.check_writable()
     tags = {"charm.flow": kind, "prefect.flow_run_id": str(flow_run.id), "prefect.flow_run_url": _flow_run_url()}
     title, plain = f"{kind} {name}", settings.model_dump(mode="json")
-    crash_abandoned_flow_runs()
-    remove_abandoned_folders()
-    last = last_ledger(store, title)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(use_store(store))
-        stack.enter_context(use_digest_memo(runtime.digest_memo()))
-        stack.enter_context(use_secrets(find_secret))
-        stack.enter_context(use_cpu_jobs(runtime.cpu_jobs))
+        store = stack.enter_context(open_workplace(runtime))
+        last = last_ledger(store, title)
         stack.enter_context(use_scoring(runtime.scoring()))
         stack.enter_context(use_nodes(runtime.node_settings()))
         run = stack.enter_context(tracked_run(runtime.tracking(), title, tags={**tags, TITLE_TAG: title}))
@@ -94,6 +87,29 @@ def open_session(kind: str, name: str, settings: BaseModel) -> Iterator[Session]
             named=is_chosen(name, settings),
             flow_run_url=_flow_run_url(),
         )
+
+
+@contextlib.contextmanager
+def open_workplace(runtime: RuntimeSettings) -> Iterator[ArtifactStore]:
+    """What steps need on a machine: a store that can be written, secrets, turns; what killed runs have left is put in order.
+
+    Args:
+        runtime: Of this machine.
+
+    Raises:
+        ArtifactError: The store cannot be written.
+    """
+    store = runtime.artifact_store()
+    store.check_writable()
+    crash_abandoned_flow_runs()
+    remove_abandoned_folders()
+    with (
+        use_store(store),
+        use_digest_memo(runtime.digest_memo()),
+        use_secrets(find_secret),
+        use_cpu_jobs(runtime.cpu_jobs),
+    ):
+        yield store
 
 
 def check_services() -> None:
