@@ -17,7 +17,7 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Cancelling, Crashed
 
@@ -100,6 +100,8 @@ class _Away:
         try:
             yield
         except httpx.HTTPError as error:
+            if isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error:
+                raise  # it is there, and refuses
             if self._since is None:
                 self._since = now
                 run_logger().warning("the Prefect server does not answer (%s); waiting for it", error)
@@ -108,11 +110,12 @@ class _Away:
                     f"the Prefect server did not answer for {_AWAY_SECONDS:.0f} seconds ({error}); finished shards are kept, run again to "
                     "go on"
                 ) from None
+        else:
+            self._since = None
 
     def has_answered(self, shards: Sequence[_Shard]) -> None:
-        """It is there, again or still: where it was away, no shard could give a sign of life meanwhile."""
+        """It tells how shards are: where it was away, none could give a sign of life meanwhile."""
         if self._since is not None:
-            self._since = None
             for shard in shards:
                 shard.changed = time.monotonic()
 
@@ -260,11 +263,10 @@ class ShardRuns:
 
     def _cancel(self, shards: Sequence[_Shard]) -> None:
         """Nobody waits for these any more. What the server does not take is done, and recorded, for nothing."""
-        with contextlib.suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
-            for shard in shards:
-                if shard.run is not None:
-                    runs = shard.run.state is not None and shard.run.state.type == StateType.RUNNING
-                    client.set_flow_run_state(shard.run.id, Cancelling() if runs else Cancelled())
+        for run in [shard.run for shard in shards if shard.run is not None]:
+            state: State[Any] = Cancelling() if run.state_type == StateType.RUNNING else Cancelled()
+            with contextlib.suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
+                client.set_flow_run_state(run.id, state)
 
 
 def _read(client: SyncPrefectClient, ids: list[UUID]) -> list[FlowRun]:

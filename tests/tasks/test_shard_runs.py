@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.flow_engine import run_flow
 from prefect.states import Cancelled, Crashed, Failed, Pending, Running
 
-from charm_core.errors import ModelError, ServiceError, TrainingError
+from charm_core.errors import ConfigError, ModelError, ServiceError, TrainingError
 from flows.score_shard import score_shard
 from tasks import scoring, shard_runs
 from tasks.caching import use_store
@@ -389,6 +389,38 @@ def test_a_server_that_stays_away_is_an_error(
     assert away.times == 1_000_000 - 4
 
 
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (422, pytest.raises(httpx.HTTPStatusError, match="it says 422")),
+        (503, pytest.raises(ServiceError, match="it says")),
+    ],
+)
+def test_a_server_that_takes_no_new_try_is_not_asked_for_ever(
+    status: int,
+    expected: Any,
+    store: ArtifactStore,
+    model: RewardModelRef,
+    deployment: tuple[str, uuid.UUID],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """It tells how the first try is, so it is there; but not every time of a 503 counts as its coming back."""
+    starts = shard_runs.ShardRuns._start
+
+    def refuses(self: shard_runs.ShardRuns, shard: Any, of: int) -> None:
+        if shard.tries:
+            clock.ahead += 110.0
+            request = httpx.Request("POST", "http://127.0.0.1/api")
+            raise httpx.HTTPStatusError(f"it says {status}", request=request, response=httpx.Response(status))
+        starts(self, shard, of)
+
+    monkeypatch.setattr(shard_runs.ShardRuns, "_start", refuses)
+    crash = fails("Flow run encountered an exception: BrokenPipeError: [Errno 32] Broken pipe")
+    with StandIn(deployment[1], crash), expected:
+        scored(store, model, deployment[0])
+
+
 def test_who_gives_up_leaves_no_run_behind(
     store: ArtifactStore,
     model: RewardModelRef,
@@ -415,7 +447,7 @@ def test_a_worker_with_another_store_is_an_error(
     tmp_path: Path, store: ArtifactStore, model: RewardModelRef, deployment: tuple[str, uuid.UUID], processes: list[int]
 ):
     elsewhere = ArtifactStore(url=str(tmp_path / "elsewhere"), work_folder=str(tmp_path / "work"))
-    with StandIn(deployment[1]), pytest.raises(Exception, match=f"store of this worker is {store.url}, that of the"):
+    with StandIn(deployment[1]), pytest.raises(ConfigError, match=f"store of this worker is {store.url}, that of the"):
         scored(elsewhere, model, deployment[0])
     assert processes == []
 
