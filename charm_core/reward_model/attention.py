@@ -9,7 +9,7 @@ segment has a call of its own, which at the lengths of real texts costs next to 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -156,12 +156,22 @@ def packed_attention(
     assert layout is not None  # noqa: S101 - for the type checker; _check has looked
     if layout.shares and not causal:
         raise ModelError("texts of a model that looks ahead cannot share their beginning")
-    keys, values = (part[:, :, layout.keys] if layout.shares else part for part in (key, value))
+    query, key, value = (_as_computed(part) for part in (query, key, value))
     how = _How(causal=causal, window=sliding_window, scaling=scaling, softcap=softcap)
     if _takes_flash(query, softcap):
-        return _flash(query, keys, values, layout, how), None
+        return _flash(query, key, value, layout, how), None
+    keys, values = (part[:, :, layout.keys] if layout.shares else part for part in (key, value))
     only_reads = layout.reads is not None and getattr(module, READS_ONLY, False) and (causal or sliding_window is None)
     return (_attend_reads if only_reads else _attend_all)(query, keys, values, layout, how), None
+
+
+def _as_computed(part: Tensor) -> Tensor:
+    """Queries, keys or values in the type that autocast computes attention in.
+
+    Under it, rotary embeddings leave queries and keys in float32 beside values in half precision.
+    """
+    kind = part.device.type
+    return part.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,14 +237,24 @@ def _for_heads(part: Tensor, query: Tensor) -> Tensor:
 
 def _takes_flash(query: Tensor, softcap: float | None) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and softcap is None and query.shape[-1] <= 256
+    width = query.shape[-1]
+    return half and softcap is None and width <= 256 and width % 8 == 0 and _has_flash(query.device)
 
 
-def _flash(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, how: _How) -> Tensor:
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether PyTorch has variable-length flash attention there: on NVIDIA's GPUs from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: _How) -> Tensor:
     """All segments in one call. Its causality is aligned at the ends, so that a segment sees what it goes on from."""
     from torch.nn.attention.varlen import varlen_attn
 
-    own, seen, read = (part[0].transpose(0, 1).contiguous() for part in (query, keys, values))
+    own, seen, read = (part[0].transpose(0, 1) for part in (query, key, value))
+    if layout.shares:
+        seen, read = seen[layout.keys], read[layout.keys]
+    own, seen, read = (part.contiguous() for part in (own, seen, read))
     most_queries, most_keys = layout.longest
     before = -1 if how.window is None else how.window - 1
     attended = varlen_attn(
@@ -247,7 +267,7 @@ def _flash(query: Tensor, keys: Tensor, values: Tensor, layout: Layout, how: _Ho
         most_keys,
         scale=how.scaling,
         window_size=(before, 0) if how.causal else (before, before),
-        enable_gqa=query.shape[1] != keys.shape[1],
+        enable_gqa=query.shape[1] != key.shape[1],
         # otherwise how a text is computed depends on the longest one beside it
         num_splits=1,
     )

@@ -34,6 +34,8 @@ MOST_BATCH_TOKENS = 65536
 PROBE_OWNERS, PROBE_TEXTS = 3, 3
 TOLERANCE = {torch.float32: 1e-4}
 LOW_PRECISION_TOLERANCE = 2**-5
+MOST_REASON = 300
+"""Characters; errors of kernels can be pages long."""
 TRIMMED_DRIFT, TRIMMED_TOLERANCE = 4, 1e-6
 """A last layer that is trimmed wrongly changes scores altogether; rightly, by another order of the same sums."""
 IN_FLIGHT = 2
@@ -123,7 +125,7 @@ def _try_packing(
         return _padded_check(model, some, alone, refusal)
     drift, refusal = _tried(model, some, whose, alone)
     scale = max(1.0, *map(abs, alone))
-    if drift <= scale * TOLERANCE.get(next(model.network.parameters()).dtype, LOW_PRECISION_TOLERANCE):
+    if drift <= scale * TOLERANCE.get(transformer.dtype, LOW_PRECISION_TOLERANCE):
         if trimmed:
             drift = _try_trimming(model, some, whose, alone, drift)
         return BatchingCheck(texts=len(some), drift=drift, refusal=None)
@@ -150,8 +152,10 @@ def _tried(
     """How far scores in a packed row are off, and how to say so."""
     try:
         drift = _drift(replace(model, packed=True), some, whose, alone)
-    except (ModelError, TypeError) as error:
-        return math.nan, str(error)
+    except torch.OutOfMemoryError:
+        raise
+    except (ModelError, TypeError, RuntimeError) as error:
+        return math.nan, str(error).split("\n")[0][:MOST_REASON]
     return drift, f"a score in a packed row is off by {drift:.2g}"
 
 
@@ -222,14 +226,13 @@ def run_texts(
             if size > budget and _texts(batch) > 1:
                 waiting.extendleft(reversed(_halves(batch)))
                 continue
-            try:
-                scores = _forward(model, batch, texts)
-            except torch.OutOfMemoryError as error:
+            scores = _forward_if_it_fits(model, batch, texts)
+            if scores is None:
                 if _texts(batch) == 1:
                     raise ModelError(
                         f"a text of {size} tokens does not fit into the GPU's memory beside the reward model {model.spec.path!r}; "
                         "lower max_length, or use a GPU with more memory"
-                    ) from error
+                    )
                 torch.cuda.empty_cache()
                 budget = size // 2
                 logger.warning("out of memory with %d tokens at once; going on with %d", size, budget)
@@ -293,11 +296,10 @@ def budget_in(free: int, per_token: int) -> int:
 
 def bytes_per_token(model: RewardModel) -> int:
     """Memory that a token takes in one layer: its states, keys, values, and three times the width between."""
-    weight = next(model.network.parameters())
-    layers = [parameter for parameter in model.network.parameters() if parameter.ndim == 2]
-    hidden = min(layers[0].shape)
-    widest = max(max(layer.shape) for layer in layers[1:])
-    return (3 * widest + 12 * hidden) * weight.element_size()
+    transformer = model.network.packable or model.network
+    embedding, *layers = (weight for weight in transformer.parameters() if weight.ndim == 2)
+    widest = max(max(layer.shape) for layer in layers)
+    return int((3 * widest + 12 * min(embedding.shape)) * embedding.element_size())
 
 
 def inputs_of(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[Rendered]) -> Batch:
@@ -322,6 +324,14 @@ def _forward(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[R
     with torch.inference_mode():
         scores: Tensor = model.network(**inputs_of(model, batch, texts))
     return scores
+
+
+def _forward_if_it_fits(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[Rendered]) -> Tensor | None:
+    """None: out of memory. What the attempt held is free again only here, outside of the error's frames."""
+    try:
+        return _forward(model, batch, texts)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _single(index: int) -> PrefixGroup:

@@ -1,3 +1,4 @@
+import copy
 import re
 from dataclasses import replace
 from itertools import combinations
@@ -16,7 +17,14 @@ from charm_core.reward_model.loading import load_reward_model
 from charm_core.reward_model.network import pack, transformer_layers
 from charm_core.reward_model.rendering import render
 from charm_core.reward_model.spec import RewardModelSpec
-from charm_core.reward_model.text_scoring import budget_in, choose_batching, groups_of, run_texts, score_texts
+from charm_core.reward_model.text_scoring import (
+    budget_in,
+    bytes_per_token,
+    choose_batching,
+    groups_of,
+    run_texts,
+    score_texts,
+)
 from tests.charm_core.reward_model import kinds
 from tests.charm_core.reward_model.tiny import ARCHITECTURES, DECODERS, messages, save_model, sentence
 
@@ -279,6 +287,16 @@ def test_half_of_the_free_memory_is_planned_with():
     assert budget_in(2 * 10**9, 100_000) == 10_000
     assert budget_in(10**12, 100_000) == text_scoring.MOST_BATCH_TOKENS
     assert budget_in(10, 100_000) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gated"])
+def test_what_a_token_takes_is_told_by_the_transformer(pairs, name):
+    """Of a gated model the first matrix is that of the rewards, in float32 whatever the transformer's type is."""
+    _, model = pairs[name]
+    config = model.network.packable.config
+    expected = (3 * config.intermediate_size + 12 * config.hidden_size) * 4
+    assert bytes_per_token(model) == expected
+    assert bytes_per_token(replace(model, network=copy.deepcopy(model.network).bfloat16())) == expected // 2
 
 
 # Inductor imports what PyTorch itself calls deprecated.
