@@ -141,3 +141,21 @@ def test_the_other_stages_train_and_resume_alike(job_of, uninterrupted, stage):
         run_training(job, kill_a_rank_at(9, rank=0))
     run_training(job)
     assert_same_curve(read_curve(job.work_dir), read_curve(uninterrupted.work_dir), 2e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"lora_rank": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_arithmetic_is_that_of_plain_training(job_of, uninterrupted, changes):
+    """As on a GPU: float32 weights under ZeRO-3, layers in bfloat16 by autocast, which DeepSpeed must leave on."""
+    job = job_of("-".join(["bfloat16", *changes]), dtype="bfloat16", epochs=2, **changes)
+    run_training(job)
+    found, expected = read_curve(job.work_dir), train_here(plain(job))
+    assert_same_curve(found, expected, 2e-4)
+    exact = read_curve(uninterrupted.work_dir)
+    assert abs(found[1]["loss"] - exact[1]["loss"]) > 1e-4, "it computes in float32"
