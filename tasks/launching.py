@@ -66,7 +66,14 @@ def run_generation(job: GenerationJob, poll: Callable[[], None], log: OnLine | N
     with scratch_folder("generation") as folder:
         launch = Path(folder) / LAUNCH
         write_text(launch, Launch(generation=job, parent=identify(os.getpid())).model_dump_json())
-        run_worker([sys.executable, "-m", WORKER, str(launch)], worker_environment(None), launch.parent, log, poll)
+        run_worker(
+            [sys.executable, "-m", WORKER, str(launch)],
+            worker_environment(None),
+            launch.parent,
+            log,
+            poll,
+            gpus=job.model.tensor_parallel,
+        )
 
 
 def run_post_training(job: PostTrainingJob, log: OnLine | None = None) -> PostTrainingOutcome:

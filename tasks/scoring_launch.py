@@ -33,6 +33,7 @@ from tasks.worker_processes import (
     TAIL_LINES,
     WORKER,
     OnLine,
+    first_gpus,
     gpu_turn,
     local_gpu_count,
     worker_environment,
@@ -126,9 +127,7 @@ def _share_out(job: ScoringJob, processes: int, folder: Path) -> list[ScoringJob
 def _environments(common: dict[str, str], processes: int, gpus: int, cores: int) -> list[dict[str, str]]:
     """Every process sees one GPU, or has its share of the cores."""
     if gpus:
-        listed = common.get("CUDA_VISIBLE_DEVICES")
-        visible = listed.split(",") if listed else [str(number) for number in range(gpus)]
-        return [{**common, "CUDA_VISIBLE_DEVICES": visible[number]} for number in range(processes)]
+        return [{**common, "CUDA_VISIBLE_DEVICES": gpu} for gpu in first_gpus(common, processes)]
     return [{**common, "OMP_NUM_THREADS": str(max(1, cores // processes))}] * processes
 
 

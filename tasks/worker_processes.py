@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -126,13 +126,13 @@ def run_worker(
         folder: Where it leaves the reason of a failure.
         log: Called with every line of its output.
         poll: Called about ten times a second.
-        gpus: How many of the first GPUs it uses, where there are GPUs; 0: it computes nothing.
+        gpus: How many of the first GPUs it uses, where there are GPUs, and sees no others; 0: it computes nothing.
 
     Raises:
         CharmError: It failed; which one, the worker's own report or the way it ended says.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
-    with gpu_turn(gpus), process_tree(command, environment) as process:
+    with gpu_turn(gpus), process_tree(command, with_first_gpus(environment, gpus)) as process:
         lines = lines_of(process)
         while True:
             try:
@@ -183,6 +183,19 @@ def local_gpu_count() -> int:
     from charm_core.reward_model.devices import gpu_count
 
     return gpu_count()
+
+
+def first_gpus(environment: Mapping[str, str], number: int) -> list[str]:
+    """The first so many of the GPUs that are visible, as CUDA_VISIBLE_DEVICES names them."""
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    return listed.split(",")[:number] if listed else [str(gpu) for gpu in range(number)]
+
+
+def with_first_gpus(environment: dict[str, str], gpus: int) -> dict[str, str]:
+    """With no more GPUs visible than are used: transformers' trainers take every one that they see."""
+    if not 0 < gpus < local_gpu_count():
+        return environment
+    return {**environment, "CUDA_VISIBLE_DEVICES": ",".join(first_gpus(environment, gpus))}
 
 
 def gpu_turn(gpus: int) -> AbstractContextManager[None]:

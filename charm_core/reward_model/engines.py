@@ -173,8 +173,20 @@ class ZeroEngine:
                 value = moments[name, moment].to(parameter.device)
                 if self._stage == 0:
                     self._base.state[parameter][moment].copy_(value)
+                elif self._stage == 3:
+                    self._set_share(parameter, value, moment)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _set_share(self, parameter: nn.Parameter, value: Tensor, moment: str) -> None:
+        """What DeepSpeed does itself, but also where the ranks' shares are not even: the last ones are filled up with zeros."""
+        zero = self._engine.optimizer
+        share, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=moment)
+        start = share.numel() * zero._get_param_partition_rank(parameter)
+        mine = value.flatten()[start : start + share.numel()]
+        share.data.zero_()[: mine.numel()].copy_(mine)
+        if zero._swappable_optimizer_subgroup(group):
+            zero._optimizer_states_and_gradient_swap_out(group)
 
     def _make_moments(self) -> None:
         """Made here because stages 1 and 2 otherwise lose sight of the moments of all parameter groups but the first."""

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("charm_core.reward_model.worker")
 
 POLL_SECONDS = 0.5
+PEERS_WAIT = timedelta(hours=2)
+"""So long ranks wait for the first, which writes checkpoints of a hundred gigabytes; a rank that is lost is noticed otherwise."""
 ORPHANED = 86
 FAILED = 1
 
@@ -153,7 +156,7 @@ def _join_group(backend: str) -> None:
     deepspeed_logger.setLevel(logging.WARNING)
     # Otherwise it compiles a shared-memory reduction on first use, over a minute, that training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=PEERS_WAIT)
 
 
 def _score(job: ScoringJob) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import polars as pl
@@ -17,9 +18,10 @@ from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.reward_model.workdir import CURVE, append_curve, curve_line, read_curve
 from charm_core.reward_model.worker import identify, is_alive
+from tasks import worker_processes
 from tasks.scoring_launch import run_scoring
 from tasks.training_launch import CurveReader, run_training
-from tasks.worker_processes import rank_count, worker_environment
+from tasks.worker_processes import rank_count, run_worker, worker_environment
 from tests.charm_core.reward_model.tiny import pairs_table, prompts_and_responses, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +196,21 @@ def test_more_ranks_than_gpus_is_an_error(monkeypatch):
     assert rank_count(TrainingConfig()) == 2
     with pytest.raises(ConfigError, match="this machine has 2 GPUs"):
         rank_count(TrainingConfig(ranks=3))
+
+
+@pytest.mark.parametrize(
+    ("listed", "used", "seen"),
+    [(None, 1, "0"), (None, 2, "0,1"), ("5,GPU-3f,2", 2, "5,GPU-3f"), ("5,2,7", 3, "5,2,7"), (None, 0, None)],
+)
+def test_a_worker_sees_no_more_gpus_than_it_uses(monkeypatch, tmp_path, listed, used, seen):
+    """A trainer of transformers that sees several takes them all, as one process must not."""
+    monkeypatch.setattr(worker_processes, "local_gpu_count", lambda: 3)
+    monkeypatch.setattr(worker_processes, "gpu_turn", lambda _: nullcontext())
+    environment = {**os.environ, **({} if listed is None else {"CUDA_VISIBLE_DEVICES": listed})}
+    said = []
+    command = [sys.executable, "-c", "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"]
+    run_worker(command, environment, tmp_path, said.append, lambda: None, gpus=used)
+    assert said == [str(seen)]
 
 
 def test_a_process_is_known_by_its_start_too():

@@ -121,6 +121,19 @@ def test_a_killed_run_goes_on_to_the_same_curve_and_weights_on_any_number_of_ran
     assert_same_curve(train_here(plain(job)), read_curve(uninterrupted.work_dir), 2e-4)
 
 
+def test_a_run_with_weights_that_ranks_share_unevenly_goes_on_too(job_of):
+    """A BERT head's bias is one number, of which one of two ranks has nothing."""
+    whole = job_of("uneven", architecture="bert", epochs=3)
+    job = job_of("uneven-killed", architecture="bert", epochs=3)
+    run_training(whole)
+    with pytest.raises(WorkerLostError):
+        run_training(job, kill_a_rank_at(8, rank=0))
+    assert checkpoint_steps(job.work_dir)
+    run_training(job)
+    assert read_curve(job.work_dir) == read_curve(whole.work_dir)
+    assert weights(job) == weights(whole)
+
+
 def test_plain_training_killed_with_minus_9_goes_on_to_the_same_weights(job_of):
     whole = job_of("plain-whole", zero_stage=None, ranks="auto", epochs=12)
     job = job_of("plain-killed", zero_stage=None, ranks="auto", epochs=12)
