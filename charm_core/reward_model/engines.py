@@ -222,13 +222,14 @@ def deepspeed_config(network: TrainableNetwork, config: TrainingConfig, world_si
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": {
             "stage": config.zero_stage,
-            "overlap_comm": False,
+            # gradients are then added up over the ranks while the next ones are computed
+            "overlap_comm": config.zero_stage == 3 and torch.cuda.is_available(),
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
             # As transformers chooses it: vectors stay whole on every rank, matrices are shared out.
             "stage3_param_persistence_threshold": 10 * hidden,
-            **_offloading(config),
+            **_offloading(network, config, world_size),
         },
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
@@ -237,14 +238,23 @@ def deepspeed_config(network: TrainableNetwork, config: TrainingConfig, world_si
     }
 
 
-def _offloading(config: TrainingConfig) -> dict[str, Any]:
+def _offloading(network: TrainableNetwork, config: TrainingConfig, world_size: int) -> dict[str, Any]:
     """Where the optimiser's state goes, and under ZeRO-3 the weights."""
     if config.offload == "none":
         return {}
-    place: dict[str, Any] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
+    cuda = torch.cuda.is_available()
+    place: dict[str, Any] = {"device": config.offload, "pin_memory": cuda}
     if config.offload == "nvme":
         place["nvme_path"] = config.nvme_path
-    return {"offload_optimizer": place} | ({"offload_param": place} if config.zero_stage == 3 else {})
+    weights = place
+    if config.offload == "nvme" and not cuda:
+        # DeepSpeed would keep them on disk in bfloat16, because a CPU knows no float16; and they are in main memory anyway
+        weights = {"device": "cpu", "pin_memory": False}
+    elif config.offload == "nvme":
+        # its own size of a buffer is less than one rank's share of an embedding
+        share = -(-max(parameter.numel() for parameter in network.parameters()) // world_size)
+        weights = {**place, "buffer_size": share}
+    return {"offload_optimizer": place} | ({"offload_param": weights} if config.zero_stage == 3 else {})
 
 
 def _set_learning_rates(optimizer: Any, factor: float) -> None:

@@ -5,8 +5,10 @@ response of a prompt is encoded once per step. Nothing is random but the order o
 gives the same bytes, and a job that goes on from a checkpoint gives what an uninterrupted one gives.
 """
 
+import hashlib
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -32,6 +34,7 @@ from charm_core.reward_model.outcomes import EVALUATION_KEYS, training_outcome
 from charm_core.reward_model.plan import learning_rate_factor, plan_steps, prepare
 from charm_core.reward_model.ranks import Rank, Totals
 from charm_core.reward_model.saving import save_model
+from charm_core.reward_model.spec import TrainingConfig
 from charm_core.reward_model.stopping import (
     best_evaluation,
     bests_to_return_to,
@@ -90,7 +93,7 @@ class _Trainer:
     """One run of a job on one rank."""
 
     def __init__(self, job: TrainingJob, rank: Rank) -> None:
-        self.job, self.rank, self.config = job, rank, job.config
+        self.job, self.rank, self.config = job, rank, _with_own_swap_folder(job)
         torch.manual_seed(job.config.seed)
         (done,) = rank.told([rewind(job.work_dir) if rank.leads else 0])
         self.done = int(done)
@@ -163,6 +166,8 @@ class _Trainer:
             )
             mark_finished(self.job, outcome)
         self.rank.barrier()
+        if self.config.nvme_path is not None:
+            shutil.rmtree(self.config.nvme_path, ignore_errors=True)
         return outcome
 
     def _weights_after(self, step: int) -> dict[str, Tensor]:
@@ -343,6 +348,14 @@ class _Trainer:
     ) -> None:
         file = broken_file(self.job.work_dir, self.done + 1)
         stop_if_broken(what, batches, totals, self.data, self.rank, file, everything=everything)
+
+
+def _with_own_swap_folder(job: TrainingJob) -> TrainingConfig:
+    """The settings, with a folder on the fast disk that no other training uses; it is the same when the job goes on."""
+    if job.config.nvme_path is None:
+        return job.config
+    name = hashlib.sha256(str(job.work_dir.resolve()).encode()).hexdigest()[:16]
+    return job.config.model_copy(update={"nvme_path": str(Path(job.config.nvme_path) / f"charm-{name}")})
 
 
 def _read_table(path: Path, name: str) -> pl.DataFrame:

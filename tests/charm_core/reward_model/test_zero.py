@@ -156,6 +156,36 @@ def test_the_other_stages_train_and_resume_alike(job_of, uninterrupted, stage):
     assert_same_curve(read_curve(job.work_dir), read_curve(uninterrupted.work_dir), 2e-4)
 
 
+@pytest.mark.slow
+def test_state_kept_on_disk_trains_and_resumes_alike(job_of, tmp_path):
+    """Without a GPU the optimiser's state alone; smaller models than this DeepSpeed keeps in memory whatever is asked for."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("libaio-dev is not installed")
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_attention_heads": 8}
+    model = RewardModelSpec(path=str(save_model(tmp_path / "wide", "qwen3", **shape)), max_length=64)
+    disk = tmp_path / "disk"
+    settings = {"epochs": 2, "learning_rate": 1e-5}
+    expected = job_of("in-memory", **settings).model_copy(update={"model": model})
+    job = job_of("on-disk", **settings, offload="nvme", nvme_path=str(disk)).model_copy(update={"model": model})
+    swapped = []
+
+    def look_and_kill(record):
+        swapped.append(sum(file.stat().st_size for file in disk.rglob("*.swp")))
+        kill(record)
+
+    kill = kill_a_rank_at(7, rank=1)
+    run_training(expected)
+    with pytest.raises(WorkerLostError):
+        run_training(job, look_and_kill)
+    assert swapped[-1] > 10_000_000
+    assert checkpoint_steps(job.work_dir)
+    run_training(job)
+    assert_same_curve(read_curve(job.work_dir), read_curve(expected.work_dir), 2e-5)
+    assert list(disk.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "changes",
     [
