@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from charm_core.errors import ModelError
+from charm_core.reward_model.devices import sent
 from charm_core.reward_model.packing import Segment
 
 PACKED = "charm_packed"
@@ -48,7 +49,7 @@ class Layout:
     @cached_property
     def keys(self) -> Tensor:
         """Indices into the row of what each segment attends to, one segment after the other."""
-        return torch.cat(
+        places = torch.cat(
             [
                 torch.arange(start, start + length)
                 for segment in self.segments
@@ -57,7 +58,8 @@ class Layout:
                     (segment.start, segment.length),
                 )
             ]
-        ).to(self.device)
+        )
+        return sent(places, self.device)
 
     @cached_property
     def query_ends(self) -> Tensor:
@@ -111,7 +113,7 @@ class Layout:
         return self._masks[kind]
 
     def _ends(self, lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
+        return sent(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), self.device)
 
 
 def packed_attention(
@@ -158,7 +160,7 @@ def packed_attention(
         raise ModelError("texts of a model that looks ahead cannot share their beginning")
     query, key, value = (_as_computed(part) for part in (query, key, value))
     how = _How(causal=causal, window=sliding_window, scaling=scaling, softcap=softcap)
-    if _takes_flash(query, softcap):
+    if _takes_flash(query, value, softcap):
         return _flash(query, key, value, layout, how), None
     keys, values = (part[:, :, layout.keys] if layout.shares else part for part in (key, value))
     only_reads = layout.reads is not None and getattr(module, READS_ONLY, False) and (causal or sliding_window is None)
@@ -235,10 +237,11 @@ def _for_heads(part: Tensor, query: Tensor) -> Tensor:
     return part if times == 1 else part.repeat_interleave(times, dim=1)
 
 
-def _takes_flash(query: Tensor, softcap: float | None) -> bool:
+def _takes_flash(query: Tensor, value: Tensor, softcap: float | None) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
     width = query.shape[-1]
-    return half and softcap is None and width <= 256 and width % 8 == 0 and _has_flash(query.device)
+    fits = width <= 256 and width % 8 == 0 and value.shape[-1] == width
+    return half and softcap is None and fits and _has_flash(query.device)
 
 
 @cache

@@ -33,8 +33,8 @@ class RewardModel:
     device: torch.device
     packed: bool = False
     """Whether the network takes packed rows, and only those; see ``text_scoring.choose_batching``."""
-    compiled: bool = False
-    """Whether its layers are compiled, so that rows come in a few sizes."""
+    row_tokens: int | None = None
+    """Where its layers are compiled: tokens of the longest row, of which all are simple parts; None: rows are as long as they come."""
 
 
 def check_reward_model(spec: RewardModelSpec) -> None:

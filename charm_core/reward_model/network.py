@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from charm_core.errors import TrainingError
 from charm_core.reward_model.attention import PACKED, Layout
+from charm_core.reward_model.devices import sent
 from charm_core.reward_model.heads.catalogue import KINDS
 from charm_core.reward_model.packing import PrefixGroup, Segment, lay_out
 from charm_core.reward_model.rendering import Rendered
@@ -202,7 +203,7 @@ def collate(texts: Sequence[Rendered], pad_token_id: int, device: torch.device, 
         batch["token_type_ids"] = types
     if texts[0].response_start is not None:
         batch["response_starts"] = torch.tensor([text.response_start for text in texts])
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: sent(tensor, device) for name, tensor in batch.items()}
 
 
 def pack(
@@ -236,7 +237,7 @@ def pack(
         per_token["token_type_ids"] = [*row.token_type_ids, *[0] * filler]
     reads = sorted({index for indices in places for index in indices})
     return {
-        **{name: torch.tensor([numbers], device=device) for name, numbers in per_token.items()},
-        "places": torch.tensor(places, device=device),
-        "layout": Layout(segments, device, torch.tensor(reads, device=device)),
+        **{name: sent(torch.tensor([numbers]), device) for name, numbers in per_token.items()},
+        "places": sent(torch.tensor(places), device),
+        "layout": Layout(segments, device, sent(torch.tensor(reads), device)),
     }

@@ -50,7 +50,7 @@ class RewardModelSpec(BaseModel):
     compile: bool = Field(
         default=False,
         description="Compile the layers for scoring, with packed rows of a few fixed sizes: takes a minute or more before the first score, "
-        "and a C++ compiler.",
+        "and a C++ compiler. Not with strict, nor with a batching or attention of one's own.",
     )
     strict: bool = Field(
         default=False,
@@ -102,6 +102,15 @@ class RewardModelSpec(BaseModel):
             raise ValueError(f"base_model belongs to kind 'lora', not to {self.kind!r}: leave it out")
         if self.base_model is not None and self.reference_model is not None:
             raise ValueError("base_model is for a LoRA adapter and reference_model for DPO: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_compiled_is_packed(self) -> Self:
+        if self.compile and (self.strict or self.batching == "padded" or self.attention != "auto"):
+            raise ValueError(
+                f"compile needs packed rows, which strict={self.strict}, batching={self.batching!r}, "
+                f"attention={self.attention!r} do not allow: leave those at their defaults, or leave compile out"
+            )
         return self
 
     def settings(self, exclude: Collection[str] = ()) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from charm_core.errors import ModelError
 from charm_core.reward_model.batching import token_budget_batches
+from charm_core.reward_model.devices import Arriving
 from charm_core.reward_model.last_layer import Trimmed
 from charm_core.reward_model.loading import RewardModel
 from charm_core.reward_model.network import Batch, collate, compile_layers, let_pack, pack, transformer_layers
@@ -32,14 +33,16 @@ CPU_BATCH_TOKENS = 4096
 MOST_BATCH_TOKENS = 65536
 """More tokens at once make no GPU faster."""
 PROBE_OWNERS, PROBE_TEXTS = 3, 3
-TOLERANCE = {torch.float32: 1e-4}
+TOLERANCE = {torch.float32: 1e-5}
 LOW_PRECISION_TOLERANCE = 2**-5
+"""Of the largest score. More is rounding only where padded batches move scores about as much."""
+PADDED_DRIFT = 4
 MOST_REASON = 300
 """Characters; errors of kernels can be pages long."""
 TRIMMED_DRIFT, TRIMMED_TOLERANCE = 4, 1e-6
 """A last layer that is trimmed wrongly changes scores altogether; rightly, by another order of the same sums."""
 IN_FLIGHT = 2
-"""Batches whose scores are still on the GPU: reading them earlier would make it wait."""
+"""Batches that a GPU is working on: while it does the second, scores of the first are read and the next is laid out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +87,13 @@ def choose_batching(
     Raises:
         ModelError: Packed rows are asked for and cannot be had.
     """
-    probe = _probe(texts, owners)
+    budget = batch_tokens(model)
+    probe = _probe(texts, owners, budget)
     some, whose = [texts[index] for index in probe], [owners[index] for index in probe]
-    alone = [_forward(model, [_single(number)], some)[0].item() for number in range(len(some))]
+    alone = [_score_alone(model, text) for text in some]
     check = _try_packing(model, some, whose, alone, trimmed=trimmed and not compiled)
     if check.refusal is None:
-        packed = replace(model, packed=True, compiled=compiled)
+        packed = replace(model, packed=True, row_tokens=budget if compiled else None)
         if compiled:
             compile_layers(model.network)
             check = replace(check, drift=_drift(packed, some, whose, alone))
@@ -98,6 +102,8 @@ def choose_batching(
         raise ModelError(
             f"the reward model {model.spec.path!r} cannot take packed rows: {check.refusal}; set batching='auto'"
         )
+    if compiled:
+        logger.warning("layers are not compiled, because texts are padded: %s", check.refusal)
     return model, check
 
 
@@ -124,8 +130,12 @@ def _try_packing(
         refusal = "its transformer does not get its attention through transformers' interface"
         return _padded_check(model, some, alone, refusal)
     drift, refusal = _tried(model, some, whose, alone)
-    scale = max(1.0, *map(abs, alone))
-    if drift <= scale * TOLERANCE.get(transformer.dtype, LOW_PRECISION_TOLERANCE):
+    bound = max(1.0, *map(abs, alone)) * TOLERANCE.get(transformer.dtype, LOW_PRECISION_TOLERANCE)
+    if drift > bound:
+        transformer.set_attn_implementation(before)
+        bound = max(bound, PADDED_DRIFT * _padded_check(model, some, alone, refusal).drift)
+        let_pack(model.network)
+    if drift <= bound:
         if trimmed:
             drift = _try_trimming(model, some, whose, alone, drift)
         return BatchingCheck(texts=len(some), drift=drift, refusal=None)
@@ -152,17 +162,22 @@ def _tried(
     """How far scores in a packed row are off, and how to say so."""
     try:
         drift = _drift(replace(model, packed=True), some, whose, alone)
-    except torch.OutOfMemoryError:
-        raise
     except (ModelError, TypeError, RuntimeError) as error:
         return math.nan, str(error).split("\n")[0][:MOST_REASON]
     return drift, f"a score in a packed row is off by {drift:.2g}"
 
 
 def _padded_check(model: RewardModel, some: Sequence[Rendered], alone: Sequence[float], refusal: str) -> BatchingCheck:
-    together = _forward(model, [_single(number) for number in range(len(some))], some).tolist()
-    drift = 0.0 if model.spec.strict else max(abs(one - other) for one, other in zip(alone, together, strict=True))
-    return BatchingCheck(texts=len(some), drift=drift, refusal=refusal)
+    """The same for padded batches, as they will be; those that do not fit into memory show nothing."""
+    if model.spec.strict:
+        return BatchingCheck(texts=len(some), drift=0.0, refusal=refusal)
+    apart: list[float] = []
+    for batch in plan_batches(model, some, groups_of(model, some, range(len(some))), batch_tokens(model)):
+        numbers = [number for group in batch for number in group.texts]
+        scores = _forward_if_it_fits(model, batch, some)
+        if scores is not None:
+            apart += [abs(score - alone[number]) for number, score in zip(numbers, scores.tolist(), strict=True)]
+    return BatchingCheck(texts=len(apart), drift=max(apart, default=0.0), refusal=refusal)
 
 
 def _drift(model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashable], alone: Sequence[float]) -> float:
@@ -173,15 +188,24 @@ def _drift(model: RewardModel, some: Sequence[Rendered], whose: Sequence[Hashabl
     return max(abs(packed[number] - value) for number, value in enumerate(alone))
 
 
-def _probe(texts: Sequence[Rendered], owners: Sequence[Hashable]) -> list[int]:
-    """Texts to try: some of the owner of the longest, for windows that only long ones reach, and some of others."""
+def _probe(texts: Sequence[Rendered], owners: Sequence[Hashable], budget: int) -> list[int]:
+    """Texts to try: some of the owner of the longest, for windows that only long ones reach, and some of others.
+
+    Those beside the longest are left out where all would be more than a batch.
+    """
     longest = max(range(len(texts)), key=lambda index: len(texts[index].input_ids))
     chosen = list(dict.fromkeys([owners[longest], *owners]))[:PROBE_OWNERS]
     found = []
     for owner in chosen:
         own = [index for index, other in enumerate(owners) if other == owner]
         found.extend(sorted(own, key=lambda index: index != longest)[:PROBE_TEXTS])
-    return found
+    room = max(0, budget - len(texts[longest].input_ids))
+    kept = [longest]
+    for index in found:
+        if index != longest and len(texts[index].input_ids) <= room:
+            room -= len(texts[index].input_ids)
+            kept.append(index)
+    return kept
 
 
 def score_texts(
@@ -217,7 +241,7 @@ def run_texts(
     budget = batch_tokens(model)
     waiting = deque(plan_batches(model, texts, groups, budget))
     values = [0.0] * len(texts)
-    running: deque[tuple[list[int], Tensor]] = deque()
+    running: deque[tuple[list[int], Arriving]] = deque()
     done = computed = 0
     while waiting or running:
         if waiting and len(running) < IN_FLIGHT:
@@ -229,20 +253,17 @@ def run_texts(
             scores = _forward_if_it_fits(model, batch, texts)
             if scores is None:
                 if _texts(batch) == 1:
-                    raise ModelError(
-                        f"a text of {size} tokens does not fit into the GPU's memory beside the reward model {model.spec.path!r}; "
-                        "lower max_length, or use a GPU with more memory"
-                    )
+                    raise _too_long(model, size)
                 torch.cuda.empty_cache()
                 budget = size // 2
                 logger.warning("out of memory with %d tokens at once; going on with %d", size, budget)
                 waiting.appendleft(batch)
                 continue
-            computed += size
-            running.append(([index for group in batch for index in group.texts], scores))
+            computed += _row_size(model, size)
+            running.append(([index for group in batch for index in group.texts], Arriving(scores)))
             continue
-        numbers, scores = running.popleft()
-        for index, score in zip(numbers, scores.tolist(), strict=True):
+        numbers, arriving = running.popleft()
+        for index, score in zip(numbers, arriving.wait(), strict=True):
             values[index] = score
         done += len(numbers)
         if progress is not None:
@@ -279,7 +300,9 @@ def batch_size(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence
 
 
 def batch_tokens(model: RewardModel) -> int:
-    """Most tokens in one batch: as set, or what the memory that is free allows."""
+    """Most tokens in one batch: as set, or what the memory that is free allows; of compiled layers always the same."""
+    if model.row_tokens is not None:
+        return model.row_tokens
     if model.spec.batch_tokens != "auto":
         return model.spec.batch_tokens
     if model.device.type != "cuda":
@@ -305,16 +328,19 @@ def bytes_per_token(model: RewardModel) -> int:
 def inputs_of(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[Rendered]) -> Batch:
     """What the network gets for a batch; its scores are in the order of the groups' texts."""
     if model.packed:
-        size = _row_size(batch_size(model, batch, texts), batch_tokens(model)) if model.compiled else None
+        size = _row_size(model, batch_size(model, batch, texts))
         return pack(batch, texts, model.device, model.network, size)
     together = [texts[index] for group in batch for index in group.texts]
     return collate(together, model.pad_token_id, model.device, model.network)
 
 
-def _row_size(tokens: int, budget: int) -> int:
-    """One of a few sizes, since a compiled layer is compiled anew for each: parts of the budget, or multiples of it."""
-    parts = (max(1, budget // part) for part in _ROW_PARTS)
-    return next((size for size in parts if tokens <= size), -(-tokens // budget) * budget)
+def _row_size(model: RewardModel, tokens: int) -> int:
+    """Of compiled layers one of a few sizes, since they are compiled anew for each: parts of the longest row, or multiples of it."""
+    longest = model.row_tokens
+    if longest is None:
+        return tokens
+    parts = (max(1, longest // part) for part in _ROW_PARTS)
+    return next((size for size in parts if tokens <= size), -(-tokens // longest) * longest)
 
 
 _ROW_PARTS = (8, 4, 2, 1)
@@ -324,6 +350,20 @@ def _forward(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[R
     with torch.inference_mode():
         scores: Tensor = model.network(**inputs_of(model, batch, texts))
     return scores
+
+
+def _score_alone(model: RewardModel, text: Rendered) -> float:
+    scores = _forward_if_it_fits(model, [_single(0)], [text])
+    if scores is None:
+        raise _too_long(model, len(text.input_ids))
+    return float(scores[0].item())
+
+
+def _too_long(model: RewardModel, tokens: int) -> ModelError:
+    return ModelError(
+        f"a text of {tokens} tokens does not fit into the GPU's memory beside the reward model {model.spec.path!r}; lower "
+        "max_length, or use a GPU with more memory"
+    )
 
 
 def _forward_if_it_fits(model: RewardModel, batch: Sequence[PrefixGroup], texts: Sequence[Rendered]) -> Tensor | None:

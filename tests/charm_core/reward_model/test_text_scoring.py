@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 
 from charm_core.errors import ModelError
@@ -221,6 +222,48 @@ def test_a_packed_row_that_gives_other_scores_is_not_used(folders, monkeypatch):
         choose_batching(asked, texts, owners)
 
 
+class Altered(nn.Module):
+    """Stands for a network with a fault: what it gives for more than one text is altered."""
+
+    def __init__(self, network, change, *, packed_only):
+        super().__init__()
+        self.inner, self.change, self.packed_only = network, change, packed_only
+        self.packable, self.looks_ahead, self.places = network.packable, network.looks_ahead, network.places
+
+    def forward(self, **batch):
+        scores = self.inner(**batch)
+        altered = "layout" in batch or (not self.packed_only and len(scores) > 1)
+        return scores + self.change if altered else scores
+
+
+@pytest.mark.parametrize("times", [2, 10])
+def test_a_fault_of_a_few_hundred_thousandths_is_noticed(folders, times):
+    model = load_reward_model(RewardModelSpec(path=str(folders["llama"])))
+    texts, owners = some_texts(model, 0)
+    largest = max(1.0, *map(abs, score_texts(model, texts)))
+    faulty = replace(model, network=Altered(model.network, times * TOLERANCE * largest, packed_only=True))
+    chosen, check = choose_batching(faulty, texts, owners)
+    assert not chosen.packed
+    assert "is off by" in check.refusal
+
+
+def test_where_batches_move_scores_in_any_case_rows_are_packed_all_the_same(folders):
+    model = load_reward_model(RewardModelSpec(path=str(folders["llama"])))
+    texts, owners = some_texts(model, 0)
+    noisy = replace(model, network=Altered(model.network, 1e-3, packed_only=False))
+    chosen, check = choose_batching(noisy, texts, owners)
+    assert chosen.packed
+    assert check.drift == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"strict": True}, {"batching": "padded"}, {"attention": "eager"}, {"attention": "sdpa"}]
+)
+def test_what_cannot_be_compiled_is_not_asked_for(changes):
+    with pytest.raises(ValidationError, match=f"compile needs packed rows, .*{next(iter(changes))}="):
+        RewardModelSpec(path="rm", compile=True, **changes)
+
+
 @pytest.mark.parametrize("changes", [{"batching": "padded"}, {"attention": "eager"}, {"strict": True}])
 def test_what_is_set_is_done(folders, changes):
     model = load_reward_model(RewardModelSpec(path=str(folders["llama"]), **changes))
@@ -283,6 +326,31 @@ def test_a_text_that_does_not_fit_alone_is_an_error(pairs):
         run_texts(replace(model, network=OutOfMemoryAbove(model.network, 3)), texts, owners)
 
 
+@pytest.mark.parametrize("batching", ["auto", "padded"])
+def test_the_trial_takes_no_more_than_a_batch(folders, batching):
+    model = load_reward_model(RewardModelSpec(path=str(folders["llama"]), batch_tokens=80, batching=batching))
+    texts, owners = some_texts(model, 6)
+    small = OutOfMemoryAbove(model.network, 80)
+    chosen, check = choose_batching(replace(model, network=small), texts, owners)
+    assert max(small.sizes) <= 80
+    assert chosen.packed == (batching == "auto")
+    assert check.texts > 1
+
+
+def test_a_trial_that_does_not_fit_is_given_up(folders):
+    model = load_reward_model(RewardModelSpec(path=str(folders["llama"]), batch_tokens=1000))
+    texts, owners = some_texts(model, 6)
+    most = max(len(text.input_ids) for text in texts)
+    small = OutOfMemoryAbove(model.network, most)
+    chosen, check = choose_batching(replace(model, network=small), texts, owners)
+    assert not chosen.packed
+    assert "too much" in check.refusal
+    scores = run_texts(chosen, texts, owners).values
+    np.testing.assert_allclose(scores, [score_texts(model, [text])[0] for text in texts], atol=TOLERANCE)
+    with pytest.raises(ModelError, match=rf"a text of {most} tokens does not fit"):
+        choose_batching(replace(model, network=OutOfMemoryAbove(model.network, most - 1)), texts, owners)
+
+
 def test_half_of_the_free_memory_is_planned_with():
     assert budget_in(2 * 10**9, 100_000) == 10_000
     assert budget_in(10**12, 100_000) == text_scoring.MOST_BATCH_TOKENS
@@ -321,6 +389,8 @@ def test_compiled_layers_give_the_same_scores_and_are_compiled_once_per_size(fol
     run_texts(model, texts, owners)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     more, whose = some_texts(plain, 8, prompts=24)
-    values = run_texts(model, more, whose).values
+    found = run_texts(model, more, whose)
+    assert found.computed_tokens % 32 == 0, "what rows are filled up with is computed too"
+    values = found.values
     np.testing.assert_allclose(values, [score_texts(plain, [text])[0] for text in more], atol=TOLERANCE, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
