@@ -52,35 +52,33 @@ class Rank:
 
 @dataclass(kw_only=True)
 class Totals:
-    """Sums over pairs, and over tokens, of a step or an evaluation."""
+    """What is counted of the micro-batches of a step or an evaluation; numbers stay on the GPU until they are asked for."""
 
-    loss: float = 0.0
-    accuracy: float = 0.0
-    margin: float = 0.0
-    score: float = 0.0
-    squares: float = 0.0
-    pairs: float = 0.0
     tokens: float = 0.0
     wins: Tensor | None = None
     """For win_rate_matching, ``WinRateTargets.sums``."""
-    scored: list[Tensor] = field(default_factory=list)
-    """Per micro-batch that was counted: losses, scores of chosen and of rejected, ``(3, pairs)``."""
+    _scored: list[Tensor] = field(default_factory=list)
 
     def add(self, losses: Tensor, chosen: Tensor, rejected: Tensor, tokens: int) -> None:
-        """Count one micro-batch. Equal scores count as half right."""
-        losses, chosen, rejected = (part.detach().double().cpu() for part in (losses, chosen, rejected))
-        self.loss += losses.sum().item()
-        self.accuracy += ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).sum().item()
-        self.margin += (chosen - rejected).sum().item()
-        self.score += (0.5 * (chosen + rejected)).sum().item()
-        self.squares += (0.5 * (chosen - rejected) ** 2).sum().item()
-        self.scored.append(torch.stack([losses, chosen, rejected]))
-        self.pairs += len(losses)
+        """Count one micro-batch."""
+        self._scored.append(torch.stack([losses.detach(), chosen.detach(), rejected.detach()]))
         self.tokens += tokens
 
+    @property
+    def scored(self) -> list[Tensor]:
+        """Per micro-batch that was counted: losses, scores of chosen and of rejected, ``(3, pairs)``, float64 on the CPU."""
+        self._scored = [part.double().cpu() for part in self._scored]
+        return self._scored
+
     def means(self, rank: Rank) -> dict[str, float]:
-        """Over all ranks: means per pair, and the numbers of pairs and tokens."""
-        sums = [self.loss, self.accuracy, self.margin, self.score, self.squares, self.pairs, self.tokens]
+        """Over all ranks: means per pair, and the numbers of pairs and tokens. Equal scores count as half right."""
+        sums = [0.0] * 5
+        for losses, chosen, rejected in self.scored:
+            right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+            middle, squares = 0.5 * (chosen + rejected), 0.5 * (chosen - rejected) ** 2
+            more = (losses, right, chosen - rejected, middle, squares)
+            sums = [total + part.sum().item() for total, part in zip(sums, more, strict=True)]
+        sums += [float(sum(part.shape[1] for part in self.scored)), self.tokens]
         totals = rank.total(torch.tensor(sums, dtype=torch.float64)).tolist()
         loss, accuracy, margin, score, squares, pairs, tokens = totals
         return {

@@ -252,7 +252,7 @@ def test_the_head_may_learn_at_its_own_rate(models):
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
 
 
-def test_deepspeed_is_told_what_is_kept_where(models):
+def test_deepspeed_is_told_what_is_kept_where(models, monkeypatch):
     network = load_reward_model(RewardModelSpec(path=str(models["bert"]))).network
     parts = ("offload_optimizer", "offload_param")
 
@@ -263,7 +263,14 @@ def test_deepspeed_is_told_what_is_kept_where(models):
     assert places() == ([None, None], None)
     assert places(offload="cpu", zero_stage=2) == (["cpu", None], None)
     assert places(offload="cpu", zero_stage=3) == (["cpu", "cpu"], None)
+    # DeepSpeed on a CPU would round weights on disk to bfloat16
+    assert places(offload="nvme", nvme_path="/disk") == (["nvme", "cpu"], "/disk")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert places(offload="nvme", nvme_path="/disk") == (["nvme", "nvme"], "/disk")
+    on_gpu = deepspeed_config(network, TrainingConfig(offload="nvme", nvme_path="/disk"), 2)["zero_optimization"]
+    largest = max(parameter.numel() for parameter in network.parameters())
+    assert on_gpu["offload_param"]["buffer_size"] >= largest / 2
+    assert on_gpu["overlap_comm"]
 
 
 def test_bfloat16_arithmetic_stays_close(job_of):
