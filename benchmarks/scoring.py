@@ -2,7 +2,7 @@
 
     python -m benchmarks.scoring [--model encoder decoder] [--texts 300] [--policy-models 1 4 7] [--repeat 3]
 
-Ways, each with the same texts and weights, in processes of their own with the same threads and allocator settings:
+Ways, each with the same texts and weights, in processes of their own in the environment of CHARM's workers; one process sees one GPU:
 
 one at a time     as the public CHARM scripts do: tokenise, score, next
 32 as they come   padded batches in the order of the table
@@ -17,14 +17,13 @@ longer half; without that folder, words without sense, as many as real texts hav
 of loading. Tokens per second count every text without padding, for all alike. Scores must agree with those of one at a time, or nothing
 is printed; ``apart`` is the largest difference. Ways take turns ``--repeat`` times; the table has the median and, as the spread, the
 largest ratio of two times of one way. Memory is the largest resident memory of a process, on a GPU what PyTorch held there. The
-arithmetic is that of the tokens computed, as if in every layer; on a GPU it is given as a share of what a product of two large bfloat16
-matrices reaches.
+arithmetic is that of the tokens computed, as if in every layer; on GPUs it is given as a share of what a product of two large bfloat16
+matrices reaches on as many of them.
 
 On a GPU: ``--model 8b --max-length 4096``.
 """
 
 import argparse
-import os
 import resource
 import statistics
 import subprocess
@@ -55,8 +54,9 @@ from charm_core.reward_model.rendering import Rendered, render
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.stored.kinds import open_files
 from charm_core.reward_model.text_scoring import choose_batching, run_texts
+from charm_core.reward_model.worker import cores
 from flows.settings import CHECKOUT
-from tasks.worker_processes import ALLOCATOR
+from tasks.worker_processes import first_gpus, local_gpu_count, worker_environment
 
 AGREE = {"float32": 1e-4, "bfloat16": 0.25}
 WAIT = 0.02
@@ -184,27 +184,27 @@ def worker(file: Path) -> None:
     file.with_suffix(".took.json").write_text(took.model_dump_json())
 
 
+def environments(parts: int) -> list[dict[str, str]]:
+    """Of so many processes side by side: that of our workers, where each sees one GPU and has its share of the cores."""
+    common = worker_environment(None) | {"OMP_NUM_THREADS": str(max(1, cores() // parts))}
+    if not local_gpu_count():
+        return [common] * parts
+    return [{**common, "CUDA_VISIBLE_DEVICES": gpu} for gpu in first_gpus(common, parts)]
+
+
 def run(way: str, spec: RewardModelSpec, table: Path, parts: int) -> tuple[float, list[Took]]:
     """Seconds from the first beginning to the last end, and what each process took."""
-    cores = len(os.sched_getaffinity(0))
     padded = {"batching": "padded"} if way == "sorted" else {}
     with TemporaryDirectory(prefix="charm-scoring-benchmark-") as name:
         folder = Path(name)
         files = []
         processes = []
-        for number in range(parts):
+        for number, environment in enumerate(environments(parts)):
             part = Part(
                 way=way, spec=spec.model_copy(update=padded), table=table, part=number, parts=parts, folder=folder
             )
             files.append(folder / f"part-{number}.json")
             files[-1].write_text(part.model_dump_json())
-            gpu = {"CUDA_VISIBLE_DEVICES": str(number)} if torch.cuda.is_available() else ALLOCATOR
-            environment = {
-                **os.environ,
-                **gpu,
-                "OMP_NUM_THREADS": str(cores // parts),
-                "TOKENIZERS_PARALLELISM": "false",
-            }
             command = [sys.executable, "-m", "benchmarks.scoring", "--worker", str(files[-1])]
             processes.append(
                 subprocess.Popen(
@@ -284,7 +284,7 @@ def print_table(
             )
         computed = sum(one.computed_tokens for one in parts)
         operations = work.per_token(lengths) / 3 * computed / seconds
-        arithmetic = f"{operations / 1e9:.0f} Gflop/s" if rate is None else f"{operations / rate:.0%}"
+        arithmetic = f"{operations / 1e9:.0f} Gflop/s" if rate is None else f"{operations / (rate * len(parts)):.0%}"
         memory = sum(one.peak_bytes for one in parts) / 2**30
         print(
             f"{way:18}{seconds:8.1f}{spread:8.2f}{len(lengths) / seconds:9.1f}{tokens / seconds:10.0f}{reference / seconds:6.2f}x"
@@ -315,7 +315,7 @@ def measure(options: argparse.Namespace, name: str, policy_models: int, folder: 
     tokenizer = load_tokenizer(files, spec)
     fitted = fit_to_model(spec, load_config(files.backbone, spec), tokenizer)
     lengths = [len(render(tokenizer, [{"role": "user", "content": p}], r, fitted).input_ids) for p, r in rows]
-    several = torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    several = local_gpu_count() or cores()
     ways = {way: (way, 1) for way in WAYS if way in (REFERENCE, *options.ways)}
     if several > 1:
         ways[f"{several} processes"] = ("shared", several)

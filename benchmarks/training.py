@@ -2,26 +2,33 @@
 
     python -m benchmarks.training [--model encoder decoder] [--pairs disjoint all] [--repeat 2]
 
-Same model, pairs in the same steps, precision, optimiser (AdamW at a constant rate, clipped), threads and allocator settings; one process
-(``2 ranks``: two under ZeRO-3, of half the threads each) after the other. The loss of step 1 must be the same to 1e-4 in float32, else
-nothing is printed; ``apart`` is the largest difference from TRL's loss in any step.
+Same model, pairs in the same steps, precision, optimiser (AdamW at a constant rate, clipped), threads and environment; one process after
+the other, on one GPU where there are GPUs (``ranks``: as many under ZeRO-3 as there are GPUs, or two, which share out the threads). TRL's
+own default is to checkpoint gradients (``RewardConfig``: on, and bfloat16); here no way does, or with ``--gradient-checkpointing`` every
+way. The loss of step 1 must be the same to 1e-4 in float32, else nothing is printed; ``apart`` is the largest difference from TRL's loss
+in any step.
 
 ``disjoint``: two policy models per prompt, one pair. ``all``: each of ``--policy-models`` with each. Responses are those of
 ``--shared``/data, drawn with a seed, cut to ``--max-length`` tokens; without that folder, words without sense, as many as real texts have
-tokens. Tokens per second count both texts of every pair, without padding, for all alike; step 1 warms up and is not timed. ``× TRL`` is the
-speed beside TRL with the first of ``--trl-pairs``, which is what it does by default: 8 pairs a pass; ``× best`` that beside the fastest of
-those that are not ours. On a busy machine only CPU seconds say something, and best those of one thread (``--threads 1``). Memory is the
-largest sum of resident memory over all processes of a training, on a GPU what it holds there. MFU: arithmetic that the model needs for the
-tokens that went through it, without padding and recomputation, beside what the GPU is said to do in bfloat16; on CPU it is given in
-Gflop/s.
+tokens. Tokens per second count both texts of every pair, without padding, for all alike; step 1 warms up and is not timed. ``× TRL`` is
+the speed beside TRL with the first of ``--trl-pairs``, which is what it does by default: 8 pairs a pass; ``× best`` that beside the
+fastest of those that are not ours. A way that runs out of GPU memory is given as such, and where that is TRL with the first of
+``--trl-pairs``, the next that fits takes its place, as is then said. On a busy machine only CPU seconds say something, and best those of
+one thread (``--threads 1``). Memory is the largest sum of resident memory over all processes of a training, on GPUs what it holds on all
+that it uses. MFU: arithmetic that the model needs for the tokens that went through it, without padding and recomputation, beside what the
+GPUs that it uses are said to do in bfloat16; on CPU it is given in Gflop/s. Others compute both texts of every pair; ours computes a
+response once, however many pairs it is in, and in packed rows of a decoder what responses to a prompt begin with once.
 
-On a GPU: ``--model 8b --layers 8 --dtype bfloat16 --max-length 2048 --pairs-per-step 48`` (float32 master weights and Adam moments of all
-32 layers do not fit on one).
+On a GPU: ``--model 8b --layers 8 --dtype bfloat16 --max-length 2048 --pairs-per-step 48 --trl-pairs 8 4 1``. By the formulas of
+``charm_core.reward_model.memory``, weights in float32, gradients, Adam's moments and bfloat16 copies of 8 layers are 40 GB (of all 32, 134
+GB, which fit on no one GPU of 80 GB), and a token of a pass 1.9 MB. Of 80 GB that leaves room for about 20,000 tokens a pass, padding
+included: 4 pairs of 2048 tokens or 8 of 1024, and ours with its 8192 (under ZeRO-3 on one GPU 65 GB). 8 pairs of 2048 tokens would take
+102 GB, or 52 GB with ``--gradient-checkpointing``.
 """
 
 import argparse
 import os
-import subprocess
+import re
 import sys
 import threading
 import time
@@ -32,7 +39,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import polars as pl
 import psutil
@@ -40,27 +47,43 @@ import torch
 
 from benchmarks.training_inputs import (
     RESPONSES,
-    Pair,
+    Step,
     Work,
     build_model,
     drawn_pairs,
     made_up_responses,
     pair_lengths,
-    planned_batches,
+    planned_steps,
     real_responses,
     work_of,
 )
 from benchmarks.training_peers import Course, PeerJob
+from charm_core.errors import TrainingError
 from charm_core.reward_model.jobs import CurveRecord, TrainingJob
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from flows.settings import CHECKOUT
 from tasks.training_launch import run_training
-from tasks.worker_processes import ALLOCATOR
+from tasks.worker_processes import rank_count, run_worker, worker_environment
 
 SAME_LOSS = 1e-4
 SAMPLE_SECONDS = 0.05
 BFLOAT16_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense, as their maker says."""
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA (error: )?out of memory|Cuda failure.*out of memory|CUBLAS_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+"""How PyTorch, NCCL and cuBLAS say that it is the GPU's; a process that the system ends for want of memory says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to train."""
+
+    train: Callable[[], Course]
+    whose: Literal["TRL", "script", "ours"]
+    gpus: int = 1
+    """How many of the first ones it uses, where there are GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +99,27 @@ class Timed:
         return [after - before for before, after in pairwise(self.course.ends)]
 
     @property
+    def total(self) -> float:
+        """Seconds of all of them."""
+        return sum(self.seconds)
+
+    @property
     def cpu_seconds(self) -> float:
         """Of all steps but the first."""
         return self.course.cpu[-1] - self.course.cpu[0]
 
 
 class PeakMemory:
-    """The most memory that the processes below this one hold together while it is open."""
+    """The most memory that the processes below this one hold together while it is open, or, where there are GPUs, on the first ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: int) -> None:
         self.most = 0
+        self._gpus = gpus
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        self._before = _gpu_bytes()
+        self._before = _gpu_bytes(self._gpus)
         self._thread.start()
         return self
 
@@ -100,15 +129,15 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._closed.wait(SAMPLE_SECONDS):
-            now = _gpu_bytes() - self._before if torch.cuda.is_available() else _resident_bytes()
+            now = _gpu_bytes(self._gpus) - self._before if torch.cuda.is_available() else _resident_bytes()
             self.most = max(self.most, now)
 
 
-def _gpu_bytes() -> int:
+def _gpu_bytes(gpus: int) -> int:
     if not torch.cuda.is_available():
         return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+    each: list[tuple[int, int]] = [torch.cuda.mem_get_info(number) for number in range(gpus)]
+    return sum(total - free for free, total in each)
 
 
 def _resident_bytes() -> int:
@@ -129,37 +158,45 @@ def _of_children(ask: Callable[[psutil.Process], Any]) -> Iterator[Any]:
 
 def ours(model: RewardModelSpec, pairs: Path, config: TrainingConfig) -> Course:
     """Train as the pipeline does."""
-    course = Course(losses=[], ends=[], cpu=[], tokens=[])
+    course = Course(losses=[], ends=[], cpu=[])
+    lines: list[str] = []
 
     def note(record: CurveRecord) -> None:
         course.losses.append(record["loss"])
         course.ends.append(time.perf_counter())
         course.cpu.append(_cpu_seconds())
-        course.tokens.append(record["tokens"])
 
     with TemporaryDirectory() as folder:
         work, output = Path(folder, "work"), Path(folder, "model")
-        run_training(TrainingJob(model=model, pairs_path=pairs, output_dir=output, work_dir=work, config=config), note)
-    return course
+        job = TrainingJob(model=model, pairs_path=pairs, output_dir=output, work_dir=work, config=config)
+        run_training(job, note, lines.append)
+    return course.model_copy(update={"packed": is_packed(lines)})
+
+
+def is_packed(lines: Sequence[str]) -> bool:
+    """Whether a training's log says that texts go through the model in packed rows."""
+    said = next((line for line in lines if "texts are packed" in line or "texts are padded" in line), None)
+    if said is None:
+        raise SystemExit("the log of our training does not say whether texts are packed or padded")
+    return "texts are packed" in said
 
 
 def peer(
     name: str,
     model: RewardModelSpec,
-    steps: Sequence[Sequence[Pair]],
+    steps: Sequence[Step],
     config: TrainingConfig,
     *,
     micro_batch_pairs: int,
-    threads: int,
 ) -> Course:
-    """Train as others do, in the environment that our workers get."""
+    """Train as others do, started as our workers are: in their environment, and on one GPU if there are several."""
     with TemporaryDirectory() as folder:
         file = Path(folder, "job.json")
         job = PeerJob(
             peer=name,
             model_dir=Path(model.path),
             work_dir=Path(folder, "work"),
-            steps=steps,
+            steps=[step.pairs for step in steps],
             micro_batch_pairs=micro_batch_pairs,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
@@ -168,55 +205,72 @@ def peer(
             gradient_checkpointing=config.gradient_checkpointing,
         )
         file.write_text(job.model_dump_json())
-        environment = {
-            **os.environ,
-            **({} if torch.cuda.is_available() else ALLOCATOR),
-            "OMP_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
         command = [sys.executable, "-m", "benchmarks.training_peers", str(file)]
-        done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        run_worker(command, worker_environment(config), Path(folder), None, lambda: None, gpus=1)
         return Course.model_validate_json(file.with_suffix(".course.json").read_text())
 
 
-def timed(train: Callable[[], Course]) -> Timed:
-    """Run a training and watch its memory."""
-    with PeakMemory() as memory:
-        course = train()
+def timed(way: Way) -> Timed | None:
+    """Run a training and watch its memory; None: it ran out of GPU memory."""
+    try:
+        with PeakMemory(way.gpus) as memory:
+            course = way.train()
+    except TrainingError as error:
+        if OUT_OF_MEMORY.search(str(error)):
+            return None
+        raise
     return Timed(course=course, peak_bytes=memory.most)
+
+
+def in_turn(ways: dict[str, Way], repeat: int) -> dict[str, list[Timed]]:
+    """Each way so often; one that runs out of GPU memory has no timings and is not tried again."""
+    runs: dict[str, list[Timed]] = {name: [] for name in ways}
+    left = dict(ways)
+    for _ in range(repeat):
+        for name, way in list(left.items()):
+            found = timed(way)
+            if found is None:
+                del left[name]
+                runs[name].clear()
+                print(f"  {name}: out of memory", file=sys.stderr)
+                continue
+            runs[name].append(found)
+            print(f"  {name}: steps of {', '.join(f'{seconds:.2f}' for seconds in found.seconds)} s", file=sys.stderr)
+    return runs
 
 
 def check_same_loss(runs: dict[str, list[Timed]], *, exact: bool) -> None:
     """End the benchmark unless all began with the same loss: what is not the same training is not compared."""
-    first = {name: timings[0].course.losses[0] for name, timings in runs.items()}
-    if exact and max(first.values()) - min(first.values()) > SAME_LOSS:
+    first = {name: timings[0].course.losses[0] for name, timings in runs.items() if timings}
+    if exact and first and max(first.values()) - min(first.values()) > SAME_LOSS:
         raise SystemExit(f"the losses of step 1 differ, so these are not the same training: {first}")
 
 
+def operations(way: Way, course: Course, steps: Sequence[Step], work: Work) -> float:
+    """Arithmetic that the model needs for what goes through it in these steps, without padding and recomputation."""
+    if way.whose != "ours":
+        return sum(work.operations(pair_lengths(step.pairs)) for step in steps)
+    whole = sum(work.operations(step.texts) for step in steps)
+    if work.looks_ahead or not course.packed:
+        return whole
+    return whole - sum(work.operations(step.repeated) for step in steps)
+
+
 def print_table(
-    title: str, runs: dict[str, list[Timed]], steps: Sequence[Sequence[Pair]], work: Work, ours_at: int
+    title: str, ways: dict[str, Way], runs: dict[str, list[Timed]], steps: Sequence[Step], work: Work
 ) -> None:
     """One line per way to train.
 
     Args:
         title: What is trained.
-        runs: The repetitions of each way; the first is TRL's as it comes, those from ``ours_at`` on are ours.
+        ways: The first is TRL's as it comes.
+        runs: The repetitions of each way; none: it ran out of memory.
         steps: What all were fed.
         work: Of the model.
-        ours_at: How many ways are not ours.
     """
-    lengths = [pair_lengths(step) for step in steps]
-    tokens = sum(sum(step) for step in lengths[1:])
-    speeds = {name: sorted(tokens / sum(run.seconds) for run in timings) for name, timings in runs.items()}
-    others = list(runs)[:ours_at]
-    as_it_comes, best_other = others[0], max(others, key=lambda name: speeds[name][-1])
-    reference = runs[as_it_comes][0].course.losses
-    cpu = min(run.cpu_seconds for run in runs[as_it_comes])
-    per_token = work.per_token([length for step in lengths for length in step])
-    texts = sum(len(step) for step in lengths[1:])
-    print(f"\n{title}: {tokens:,} tokens in {len(lengths) - 1} timed steps, {tokens / texts:.0f} a text")
+    lengths = [pair_lengths(step.pairs) for step in steps[1:]]
+    tokens, texts = sum(map(sum, lengths)), sum(map(len, lengths))
+    print(f"\n{title}: {tokens:,} tokens in {len(lengths)} timed steps, {tokens / texts:.0f} a text")
     columns = [
         "tokens/s",
         "slowest",
@@ -230,25 +284,46 @@ def print_table(
         _arithmetic_name(),
     ]
     print(_row("", [*columns, "loss 1", "loss n", "apart"]))
-    for name, timings in runs.items():
-        best = min(timings, key=lambda run: sum(run.seconds))
-        seconds, count, losses = sum(best.seconds), len(best.seconds), best.course.losses
+    fastest = {name: min(timings, key=lambda run: run.total) for name, timings in runs.items() if timings}
+    others = [name for name in fastest if ways[name].whose != "ours"]
+    trl = next((name for name in others if ways[name].whose == "TRL"), None)
+    best_other = min((fastest[name].total for name in others), default=None)
+    for name, way in ways.items():
+        if name not in fastest:
+            print(f"{name:34}  out of memory")
+            continue
+        best, timings = fastest[name], runs[name]
+        count, losses = len(best.seconds), best.course.losses
+        # of the first that ran: TRL's, if any did
+        reference = next(each for each in runs.values() if each)[0].course.losses
         cells = [
-            f"{speeds[name][-1]:,.0f}",
-            f"{speeds[name][0]:,.0f}",
-            f"{speeds[name][-1] / speeds[as_it_comes][-1]:.2f}",
-            f"{speeds[name][-1] / speeds[best_other][-1]:.2f}",
-            f"{seconds / count:.2f}",
+            f"{tokens / best.total:,.0f}",
+            f"{tokens / max(run.total for run in timings):,.0f}",
+            _times(None if trl is None else fastest[trl].total, best.total),
+            _times(best_other, best.total),
+            f"{best.total / count:.2f}",
             f"{min(best.seconds):.2f}-{max(best.seconds):.2f}",
             f"{best.cpu_seconds / count:.2f}",
-            f"{cpu / best.cpu_seconds:.2f}",
+            _times(None if trl is None else min(run.cpu_seconds for run in runs[trl]), best.cpu_seconds),
             f"{max(run.peak_bytes for run in timings) / 2**20:,.0f}",
-            _arithmetic(sum(best.course.tokens[1:]) * per_token / seconds),
+            _arithmetic(operations(way, best.course, steps[1:], work) / best.total, way.gpus),
             f"{losses[0]:.5f}",
             f"{losses[-1]:.5f}",
             f"{max(abs(one - other) for one, other in zip(losses, reference, strict=True)):.1e}",
         ]
         print(_row(name, cells))
+    _say_beside_what(next(iter(ways)), trl)
+
+
+def _say_beside_what(as_it_comes: str, trl: str | None) -> None:
+    if trl is None:
+        print(f"{as_it_comes}: out of memory, as is every way of TRL; apart: from the first way that is not")
+    elif trl != as_it_comes:
+        print(f"{as_it_comes}: out of memory; × TRL, CPU × TRL and apart are beside {trl}")
+
+
+def _times(reference: float | None, seconds: float) -> str:
+    return "–" if reference is None else f"{reference / seconds:.2f}"
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
@@ -265,9 +340,9 @@ def _arithmetic_name() -> str:
     return "MFU" if _peak_flops() else "Gflop/s"
 
 
-def _arithmetic(flops: float) -> str:
+def _arithmetic(flops: float, gpus: int) -> str:
     peak = _peak_flops()
-    return f"{flops / peak:.1%}" if peak else f"{flops / 1e9:.0f}"
+    return f"{flops / (peak * gpus):.1%}" if peak else f"{flops / 1e9:.0f}"
 
 
 def machine() -> str:
@@ -289,6 +364,9 @@ def compare(name: str, kind: str, arguments: argparse.Namespace, folder: Path) -
         raise SystemExit(
             f"--pairs-per-step must be a multiple of {pairs_per_prompt}, the pairs of {models} policy models"
         )
+    for count in (*arguments.trl_pairs, *arguments.script_pairs):
+        if arguments.pairs_per_step % count:
+            raise SystemExit(f"--pairs-per-step must be a multiple of the pairs a pass, {count}")
     prompts = arguments.steps * arguments.pairs_per_step // pairs_per_prompt
     responses = _responses(arguments, prompts, models)
     pairs = drawn_pairs(responses, prompts=prompts, models=models, seed=arguments.seed)
@@ -306,28 +384,32 @@ def compare(name: str, kind: str, arguments: argparse.Namespace, folder: Path) -
         threads_per_rank=arguments.threads,
         checkpoint_every_steps=10**6,
     )
-    zero = plain.model_copy(update={"zero_stage": 3, "threads_per_rank": max(1, arguments.threads // 2)})
-    steps = planned_batches(pairs, spec, plain)
-    ways: dict[str, Callable[[], Course]] = {}
-    for peer_name, label, counts in (
-        ("trl", "TRL", arguments.trl_pairs),
-        ("script", "Trainer script", arguments.script_pairs),
-    ):
-        fed = partial(peer, peer_name, spec, steps, plain, threads=arguments.threads)
-        ways |= {f"{label}, {count} pairs a pass": partial(fed, micro_batch_pairs=count) for count in counts}
-    ours_at = len(ways)
-    ways["ours"] = partial(ours, spec, pairs_file, plain)
-    ways["ours, ZeRO-3, all GPUs or 2 ranks"] = partial(ours, spec, pairs_file, zero)
-    runs: dict[str, list[Timed]] = {way: [] for way in ways}
-    for _ in range(arguments.repeat):
-        for way, train in ways.items():
-            runs[way].append(timed(train))
-            print(
-                f"  {way}: steps of {', '.join(f'{seconds:.2f}' for seconds in runs[way][-1].seconds)} s",
-                file=sys.stderr,
-            )
+    steps = planned_steps(pairs, spec, plain)
+    ways = planned_ways(spec, pairs_file, steps, plain, arguments)
+    runs = in_turn(ways, arguments.repeat)
     check_same_loss(runs, exact=arguments.dtype == "float32")
-    print_table(f"{name}, {kind} pairs of {models} policy models", runs, steps, work_of(model_dir), ours_at)
+    print_table(f"{name}, {kind} pairs of {models} policy models", ways, runs, steps, work_of(model_dir))
+
+
+def planned_ways(
+    spec: RewardModelSpec, pairs: Path, steps: Sequence[Step], plain: TrainingConfig, arguments: argparse.Namespace
+) -> dict[str, Way]:
+    """What is compared: TRL as it comes first, then the other ways of others, then ours."""
+    trl, script = (partial(peer, name, spec, steps, plain) for name in ("trl", "script"))
+    ways = {
+        f"TRL, {count} pairs a pass": Way(train=partial(trl, micro_batch_pairs=count), whose="TRL")
+        for count in arguments.trl_pairs
+    }
+    ways |= {
+        f"Trainer script, {count} pairs a pass": Way(train=partial(script, micro_batch_pairs=count), whose="script")
+        for count in arguments.script_pairs
+    }
+    ways["ours"] = Way(train=partial(ours, spec, pairs, plain), whose="ours")
+    zero = plain.model_copy(update={"zero_stage": 3})
+    ranks = rank_count(zero)
+    zero = zero.model_copy(update={"threads_per_rank": max(1, arguments.threads // ranks)})
+    label = f"ours, ZeRO-3, {ranks} {'rank' if ranks == 1 else 'ranks'}"
+    return ways | {label: Way(train=partial(ours, spec, pairs, zero), whose="ours", gpus=ranks)}
 
 
 def _responses(arguments: argparse.Namespace, prompts: int, models: int) -> pl.DataFrame:
@@ -354,7 +436,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the only rank; of two, half each"
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the only rank; several share them out"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeat", type=int, default=2)

@@ -18,6 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from charm_core.reward_model.batching import PairGroup
+from charm_core.reward_model.packing import prefix_groups
 from charm_core.reward_model.plan import plan_steps, prepare
 from charm_core.reward_model.pretrained import fit_to_model, load_config, load_tokenizer
 from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
@@ -47,11 +49,29 @@ class Work:
     """Without embeddings."""
     attention: float
     """Floating-point operations of a training step per token and token that it may look at."""
+    looks_ahead: bool
+    """Whether a token may look at those after it, so that texts that begin alike share nothing."""
 
-    def per_token(self, lengths: Sequence[int]) -> float:
+    def operations(self, lengths: Sequence[int]) -> float:
         """Of a training step over texts of these lengths: forward and twice that backward, nothing recomputed."""
         counts = np.asarray(lengths, dtype=float)
-        return 6.0 * self.parameters + self.attention * float((counts**2).sum() / counts.sum())
+        return 6.0 * self.parameters * float(counts.sum()) + self.attention * float((counts**2).sum())
+
+    def per_token(self, lengths: Sequence[int]) -> float:
+        """The same per token of the texts."""
+        return self.operations(lengths) / sum(lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step of our training, as tokens."""
+
+    pairs: list[Pair]
+    """What the others are fed."""
+    texts: list[int]
+    """Tokens of every text; a response that is in several pairs is one."""
+    repeated: list[int]
+    """Of every text that shares its beginning with one before it, the tokens of that: packed rows do not compute them again."""
 
 
 def real_responses(shared: Path) -> pl.DataFrame:
@@ -177,13 +197,14 @@ def work_of(folder: Path) -> Work:
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     # two products of queries, keys and values, two operations each, forward and twice backward; a decoder looks back only
-    looks = 1.0 if config.model_type == "bert" else 0.5
-    attention = 12.0 * config.num_hidden_layers * width * looks
-    return Work(parameters=sum(weights.numel() for weights in model.parameters()) - tables, attention=attention)
+    looks_ahead = config.model_type == "bert"
+    attention = 12.0 * config.num_hidden_layers * width * (1.0 if looks_ahead else 0.5)
+    parameters = sum(weights.numel() for weights in model.parameters()) - tables
+    return Work(parameters=parameters, attention=attention, looks_ahead=looks_ahead)
 
 
-def planned_batches(pairs: pl.DataFrame, spec: RewardModelSpec, config: TrainingConfig) -> list[list[Pair]]:
-    """Step by step, the pairs that our training takes, as tokens: what the others are fed."""
+def planned_steps(pairs: pl.DataFrame, spec: RewardModelSpec, config: TrainingConfig) -> list[Step]:
+    """The steps that our training takes."""
     files = open_files(spec)
     tokenizer = load_tokenizer(files, spec)
     data = prepare(pairs, tokenizer, fit_to_model(spec, load_config(files.backbone, spec), tokenizer))
@@ -194,14 +215,26 @@ def planned_batches(pairs: pl.DataFrame, spec: RewardModelSpec, config: Training
         if rendered.token_type_ids is not None:
             yield f"{side}_types", list(rendered.token_type_ids)
 
-    return [
-        [
-            dict([*tokens(group.texts[chosen], "chosen"), *tokens(group.texts[rejected], "rejected")])
-            for group in groups
-            for chosen, rejected in group.pairs
-        ]
-        for groups in plan_steps(data.train, config)
-    ]
+    def step(groups: Sequence[PairGroup]) -> Step:
+        return Step(
+            pairs=[
+                dict([*tokens(group.texts[chosen], "chosen"), *tokens(group.texts[rejected], "rejected")])
+                for group in groups
+                for chosen, rejected in group.pairs
+            ],
+            texts=[data.lengths[text] for group in groups for text in group.texts],
+            repeated=[
+                shared for group in groups for shared in repeated([data.texts[text].input_ids for text in group.texts])
+            ],
+        )
+
+    return [step(groups) for groups in plan_steps(data.train, config)]
+
+
+def repeated(texts: Sequence[Sequence[int]]) -> list[int]:
+    """Tokens that packed rows do not compute again, for every text of a prompt that shares them with one before it."""
+    groups = prefix_groups(texts, [0] * len(texts))  # as all of one prompt
+    return [group.shared for group in groups if group.shared for _ in group.texts[1:]]
 
 
 def pair_lengths(batch: Sequence[Pair]) -> list[int]:

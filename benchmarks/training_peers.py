@@ -1,8 +1,9 @@
 """The others of benchmarks.training, each in a process of its own: ``python -m benchmarks.training_peers JOB.json``.
 
-``trl`` is TRL's RewardTrainer as it comes. ``script`` is written the way public reward-modelling scripts are: transformers' Trainer with a
-loss of its own, both texts of a pair one after the other, padded to the longest of the batch. Both train
-``AutoModelForSequenceClassification`` from the pairs in the order given, without dropout.
+``trl`` is TRL's RewardTrainer with what ``arguments`` sets for all ways alike, in place of its own defaults, such as gradient checkpointing
+and bfloat16, both on. ``script`` is written the way public reward-modelling scripts are: transformers' Trainer with a loss of its own, both
+texts of a pair one after the other, padded to the longest of the batch. Both train ``AutoModelForSequenceClassification`` from the pairs in
+the order given, without dropout.
 """
 
 import sys
@@ -48,8 +49,8 @@ class Course(BaseModel):
     """When each step ended, in seconds."""
     cpu: list[float]
     """CPU seconds of the training's processes until then."""
-    tokens: list[int]
-    """What went through the model, without padding."""
+    packed: bool = False
+    """Whether texts went through the model in packed rows."""
 
 
 class Watch(TrainerCallback):
@@ -170,8 +171,7 @@ def main(job_file: Path) -> None:
     watch = Watch()
     trainer.add_callback(watch)
     trainer.train()
-    tokens = [sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in step) for step in job.steps]
-    course = Course(losses=watch.losses, ends=watch.ends, cpu=watch.cpu, tokens=tokens)
+    course = Course(losses=watch.losses, ends=watch.ends, cpu=watch.cpu)
     job_file.with_suffix(".course.json").write_text(course.model_dump_json())
 
 
