@@ -14,11 +14,12 @@ from charm_core.reward_model.network import collate
 from charm_core.reward_model.rendering import render
 from charm_core.reward_model.scoring import score_responses
 from charm_core.reward_model.spec import RewardModelSpec
-from charm_core.reward_model.text_scoring import score_texts
+from charm_core.reward_model.text_scoring import choose_batching, score_texts
 from tests.charm_core.reward_model.kinds import save_adapter, save_causal, save_gated, save_value_head
 from tests.charm_core.reward_model.tiny import (
     ARCHITECTURES,
     DECODERS,
+    chat_tokenizer,
     messages,
     prompts_and_responses,
     save_model,
@@ -87,11 +88,26 @@ def test_what_is_in_the_padding_does_not_matter(models, name):
     torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
 
 
-def test_the_tokenizers_padding_side_does_not_matter(models):
-    model = models["qwen3"]
-    before = score_texts(model, texts_of(model, 4))
-    model.tokenizer.padding_side = "left"
-    assert score_texts(model, texts_of(model, 4)) == before
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_tokenizers_padding_side_does_not_matter(tmp_path, name, batching):
+    """Stored as published ones are: it pads on the left, with the token that ends every text."""
+    folder = save_model(tmp_path / name, name, tokenizer=chat_tokenizer(padding_side="left"))
+    model = load_reward_model(RewardModelSpec(path=str(folder), batching=batching))
+    assert model.tokenizer.padding_side == "left"
+    assert model.pad_token_id == model.tokenizer.eos_token_id
+    texts = texts_of(model, 4)
+    assert {text.input_ids[-1] for text in texts} == {model.pad_token_id}
+    assert len({len(text.input_ids) for text in texts}) > 5
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    # so it reads the last token of all, and not the last that is no padding, which would be the one before
+    plain.config.pad_token_id = None
+    with torch.no_grad():
+        expected = [plain(torch.tensor([text.input_ids])).logits.item() for text in texts]
+    chosen, check = choose_batching(model, texts, range(len(texts)))
+    assert chosen.packed == (batching == "packed"), check.refusal
+    assert score_texts(chosen, texts) == pytest.approx(expected, abs=TOLERANCE)
+    assert np.std(expected) > 100 * TOLERANCE
 
 
 def test_a_table_is_scored_and_summarised(models):

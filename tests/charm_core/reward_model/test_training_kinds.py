@@ -1,4 +1,4 @@
-"""Fine-tuning of reward models that are not plain classifiers: GRM and LoRA adapters, plain and under ZeRO-3."""
+"""Fine-tuning of every architecture and kind of reward model, plain; GRM and LoRA adapters also under ZeRO-3."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from charm_core.errors import TrainingError
 from charm_core.reward_model.jobs import TrainingJob
@@ -27,7 +29,7 @@ from tests.charm_core.reward_model.kinds import (
     save_value_head,
     stored_body,
 )
-from tests.charm_core.reward_model.tiny import pairs_table
+from tests.charm_core.reward_model.tiny import ARCHITECTURES, held_out_margin, pairs_table, save_model
 
 HERE = Rank(number=0, world_size=1, device=torch.device("cpu"))
 PLAIN = {
@@ -47,6 +49,7 @@ def folders(tmp_path_factory):
         "lora": save_adapter(root / "lora", save_causal(root / "base")),
         "gated": save_gated(root / "gated"),
         "classifier": save_classifier(root / "classifier"),
+        **{name: save_model(root / name, name) for name in ARCHITECTURES},
     }
 
 
@@ -112,6 +115,44 @@ def test_the_curve_of_a_value_head_is_that_of_a_naive_loop(job_of):
     job = job_of("value_head")
     train(job, HERE)
     assert losses(job) == pytest.approx(list(naive_losses(job)), abs=2e-5)
+
+
+def matrix_products(job):
+    """Train, and count how often a linear layer was computed for a gradient."""
+    computed = []
+
+    def note(module, taken, made):
+        if isinstance(module, nn.Linear) and torch.is_grad_enabled():
+            computed.append(module)
+
+    hook = register_module_forward_hook(note)
+    try:
+        outcome = train(job, HERE)
+    finally:
+        hook.remove()
+    return outcome, len(computed)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_and_recomputed_every_architecture_trains_as_padded(job_of, architecture):
+    """Of DeBERTa no rows can be packed, so that its batches are padded both times."""
+    settings = {"pairs_per_step": 12, "learning_rate": 1e-3, "micro_batch_tokens": 10**6}
+    plain = job_of(architecture, "plain", spec={"batching": "padded"}.items(), **settings)
+    batching = "padded" if architecture == "deberta" else "packed"
+    frugal = job_of(
+        architecture, "frugal", spec={"batching": batching}.items(), **settings, gradient_checkpointing=True
+    )
+    _, least = matrix_products(plain)
+    outcome, found = matrix_products(frugal)
+    assert found > 1.5 * least, "nothing was recomputed"
+    assert len(losses(frugal)) == 3
+    assert losses(frugal) == pytest.approx(losses(plain), abs=1e-5)
+    norms = [[record.get("gradient_norm", 0) for record in read_curve(job.work_dir)] for job in (frugal, plain)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert held_out_margin(outcome.model_dir, frugal) == pytest.approx(
+        outcome.evaluation_after["margin_mean"], abs=1e-5
+    )
+    assert abs(outcome.evaluation_after["margin_mean"] - outcome.evaluation_before["margin_mean"]) > 1e-3
 
 
 @pytest.mark.parametrize(("kind", "becomes"), [("value_head", "value_head"), ("lora", "classifier")])

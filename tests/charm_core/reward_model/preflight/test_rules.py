@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
 from charm_core.errors import ModelError
@@ -644,6 +645,21 @@ def test_what_would_fit_is_told_by_gpus_and_settings():
     assert told.startswith("What would do: 4 x 80 GB with training.zero_stage = 3 and training.gradient_checkpointing")
     small = advice(shape, plan, a_machine(24, gpus=8))
     assert small.startswith("No number of such GPUs is enough: every rank first loads the whole model, 30 GB")
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size"])
+def test_a_model_whose_width_is_not_told_is_not_judged_and_that_is_said(rm, name):
+    change_json(rm / "config.json", **{name: None})
+    said = f"the memory of a fine-tuning cannot be estimated: config.json has no {name}"
+    assert only(look_at_training(rm, a_machine(80, gpus=8)), "memory", "info").message == said
+
+
+def test_a_model_whose_tensors_name_no_layer_is_not_judged_and_that_is_said(rm):
+    weights = load_file(rm / "model.safetensors")
+    unnamed = {re.sub(r"\.(\d+)\.", r".layer\1.", name): tensor for name, tensor in weights.items()}
+    save_file(unnamed, rm / "model.safetensors")
+    (found,) = [one for one in look_at_training(rm, a_machine(80, gpus=8)).findings if one.rule == "memory"]
+    assert (found.severity, found.message.endswith("do not tell which layer they are of")) == ("info", True)
 
 
 def test_where_the_machine_is_unknown_memory_is_not_judged(rm):
