@@ -21,9 +21,9 @@ response once, however many pairs it is in, and in packed rows of a decoder what
 
 On a GPU: ``--model 8b --layers 8 --dtype bfloat16 --max-length 2048 --pairs-per-step 48 --trl-pairs 8 4 1``. By the formulas of
 ``charm_core.reward_model.memory``, weights in float32, gradients, Adam's moments and bfloat16 copies of 8 layers are 40 GB (of all 32, 134
-GB, which fit on no one GPU of 80 GB), and a token of a pass 1.9 MB. Of 80 GB that leaves room for about 20,000 tokens a pass, padding
-included: 4 pairs of 2048 tokens or 8 of 1024, and ours with its 8192 (under ZeRO-3 on one GPU 65 GB). 8 pairs of 2048 tokens would take
-102 GB, or 52 GB with ``--gradient-checkpointing``.
+GB, which fit on no one GPU of 80 GB), and a token of a pass 2.1 MB. Of 80 GB that leaves room for about 18,000 tokens a pass, padding
+included: 4 pairs of 2048 tokens or 8 of 1024, and ours with its 8192 (under ZeRO-3 on one GPU 66 GB). 8 pairs of 2048 tokens would take
+109 GB, or 53 GB with ``--gradient-checkpointing``.
 """
 
 import argparse

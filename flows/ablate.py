@@ -14,7 +14,15 @@ from charm_core.ablation import CellMeasures
 from charm_core.errors import ArtifactError, ConfigError
 from charm_core.responses import HELD_OUT
 from flows.ablation_cells import Cell, cells_of, compared_cells, skipped_cells
-from flows.calibration import Correction, Split, calibration_sources, correct, hold_out, measure_untouched
+from flows.calibration import (
+    Correction,
+    Split,
+    calibration_sources,
+    correct,
+    hold_out,
+    knowing_scores,
+    measure_untouched,
+)
 from flows.command_line import run_from_command_line
 from flows.outcome import Outcome, Used, describe_provenance, name_run, step_lines
 from flows.presets import ABLATE, demo_ablation
@@ -189,9 +197,9 @@ def _trained(
     session: Session, seed: _Seed, run: CalibrationRun, name: VariantName, pairs: PairSet, ratings: ArtifactRef
 ) -> dict[str, float]:
     started = time.monotonic()
-    model = train_reward_model(
-        name, seed.sources.reward_model, pairs.pairs, ratings_for(run.training, ratings), run.training
-    )
+    base = seed.sources.reward_model
+    training = knowing_scores(run.training, base.spec, seed.seen)
+    model = train_reward_model(name, base, pairs.pairs, ratings_for(training, ratings), training)
     seconds = _seconds(session, model, time.monotonic() - started)
     scored = score_responses(model.model, seed.split.unseen)
     return {

@@ -19,6 +19,7 @@ from flows.calibration import (
     correct,
     hold_out,
     judged_views,
+    knowing_scores,
     measure_untouched,
 )
 from flows.command_line import run_from_command_line
@@ -107,14 +108,13 @@ def _fine_tune(
     session: Session, run: CalibrationRun, sources: Sources, scored: Scored, correction: Correction
 ) -> tuple[TrainedModel, TrainedModel]:
     base, ratings = sources.reward_model, sources.board.ratings
+    training = knowing_scores(run.training, base.spec, scored)
     calibrated = train_reward_model(
-        "calibrated", base, correction.pairs.pairs, ratings_for(run.training, ratings), run.training
+        "calibrated", base, correction.pairs.pairs, ratings_for(training, ratings), training
     )
     # everything but the correction: the same pairs without offsets, and the reward model's own Elo instead of people's
     own = rate_by_scores(scored.scores)
-    control = train_reward_model(
-        "control", base, correction.control_pairs.pairs, ratings_for(run.training, own), run.training
-    )
+    control = train_reward_model("control", base, correction.control_pairs.pairs, ratings_for(training, own), training)
     log_training(session.store, session.run, {"calibrated": calibrated, "control": control})
     return calibrated, control
 

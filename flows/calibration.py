@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from charm_core.errors import ConfigError
 from charm_core.responses import CALIBRATION, HELD_OUT, HELD_OUT_DOMAIN, SplitConfig
+from charm_core.reward_model.spec import RewardModelSpec, TrainingConfig
 from charm_core.selection import Selection
 from flows.runs import CalibrationRun
 from flows.sources import Answers, Sources, real_sources, simulated_sources
@@ -12,6 +13,9 @@ from tasks.evaluation import View, evaluate_variant
 from tasks.prompts import ResponseSet, select_responses, split_responses
 from tasks.scoring import Scored
 from tasks.store import ArtifactRef
+
+MOST_EXACT_DRIFT = 1e-4
+"""Scores that move less with their batch were computed in float32. There it is below 1e-5, in bfloat16 some hundredths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,31 @@ def correct(
         pairs=build_pairs(split.seen, scored.scores, offsets, chosen, run.preferences),
         control_pairs=build_pairs(split.seen, scored.scores, None, chosen, run.preferences),
     )
+
+
+def knowing_scores(training: TrainingConfig, model: RewardModelSpec, scored: Scored) -> TrainingConfig:
+    """The training, told that the raw scores are those of the very reward model that is trained, so that others are an error.
+
+    Only where scoring and training compute in float32. What bfloat16 makes of scores is not measured on GPUs, and a false alarm
+    would end a run for nothing: there it stays a warning with the number, as where the settings say whose the scores are.
+
+    Args:
+        training: As set.
+        model: What is trained.
+        scored: What it made of the responses that the pairs are built from.
+    """
+    if training.raw_scores_of != "unknown" or not _is_exact(training, model, scored.summary.batch_drift):
+        return training
+    return training.model_copy(update={"raw_scores_of": "this_model"})
+
+
+def _is_exact(training: TrainingConfig, model: RewardModelSpec, drift: float | None) -> bool:
+    """Whether scoring was in float32, and training is, on the machine that scored or by its settings."""
+    if model.dtype == "auto":
+        # what it meant depends on the machine, and scores from the cache may be another's; strict has no drift in any type
+        scored = drift is not None and drift <= MOST_EXACT_DRIFT and not model.strict
+        return scored and training.dtype in ("auto", "float32")
+    return model.dtype == training.dtype == "float32"
 
 
 def judged_views(config: SplitConfig, known: tuple[str, ...]) -> list[View]:

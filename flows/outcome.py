@@ -202,6 +202,7 @@ def domain_metrics(domain: ReportDomain) -> dict[str, float | None]:
         metrics[f"{prefix}/mean absolute mismatch"] = variant.mismatch.mean_absolute_mismatch.value
         metrics[f"{prefix}/overvaluation rmse"] = variant.mismatch.overvaluation_rmse.value
         metrics[f"{prefix}/tie rate"] = variant.mismatch.tie_rate
+        metrics[f"{prefix}/smallest score gap"] = variant.mismatch.smallest_score_gap
         metrics[f"{prefix}/spearman with elo"] = variant.agreement.spearman.value if variant.agreement else None
         metrics[f"{prefix}/score length correlation"] = variant.length_correlation
         if variant.style is not None:

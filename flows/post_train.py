@@ -16,7 +16,7 @@ from charm_core.best_of_n import BestOfNReport
 from charm_core.errors import ConfigError
 from charm_core.policy_comparison import PolicyComparison
 from charm_core.simulation import SimulationConfig
-from flows.calibration import calibration_sources, correct, hold_out, measure_untouched
+from flows.calibration import calibration_sources, correct, hold_out, knowing_scores, measure_untouched
 from flows.command_line import run_from_command_line
 from flows.outcome import name_run
 from flows.presets import POST_TRAIN, demo_post_training
@@ -147,17 +147,17 @@ def _calibrated(run: CalibrationRun) -> dict[str, RewardModelRef]:
     split = hold_out(run, sources)
     scored = score_responses(sources.reward_model, split.seen)
     correction = correct(run, sources.board.ratings, split, scored, measure_untouched(run, sources, scored))
+    base = sources.reward_model
+    training = knowing_scores(run.training, base.spec, scored)
     sides = {
         "control": (correction.control_pairs, rate_by_scores(scored.scores)),
         "calibrated": (correction.pairs, sources.board.ratings),
     }
     trained = {
-        name: train_reward_model(
-            name, sources.reward_model, pairs.pairs, ratings_for(run.training, ratings), run.training
-        ).model
+        name: train_reward_model(name, base, pairs.pairs, ratings_for(training, ratings), training).model
         for name, (pairs, ratings) in sides.items()
     }
-    return {"base": sources.reward_model, **trained}
+    return {"base": base, **trained}
 
 
 def _real(session: Session, run: PostTrainRun) -> _Start:

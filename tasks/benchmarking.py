@@ -15,12 +15,15 @@ from charm_core.probability_calibration import (
     pair_probabilities,
     probability_calibration,
 )
+from charm_core.reward_model.scoring_shares import ties
 from charm_core.tables import SCORES
 from tasks.benchmark_sources import BenchmarksConfig, Resampling, StoredBenchmark, load_benchmarks
-from tasks.caching import step
+from tasks.caching import current_store, step
 from tasks.evidence import BenchmarkRows
 from tasks.pages.report_data import BenchmarkRow, BenchmarkTest, ReportReliability, VariantName, VariantValue
+from tasks.publishing import run_logger
 from tasks.scoring import RewardModelRef
+from tasks.scoring_lines import ties_line
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.text_scores import ScoredTexts, score_texts
 
@@ -89,7 +92,7 @@ def judge_scored(
     resampling: Resampling,
     compared: Compared = COMPARED,
 ) -> tuple[ArtifactRef, ...]:
-    """Figures, tests and reliability from scores.
+    """Figures, tests and reliability from scores; how many of them tie is logged.
 
     Args:
         benchmarks: The benchmarks.
@@ -102,6 +105,7 @@ def judge_scored(
     """
     tables = []
     for index, benchmark in enumerate(benchmarks):
+        _log_ties(benchmark, {name: sets[index] for name, sets in scored.items()})
         judged = {name: judge_benchmark(benchmark, sets[index], resampling) for name, sets in scored.items()}
         comparisons = tuple(
             (
@@ -114,6 +118,13 @@ def judge_scored(
         )
         tables.append(tabulate_benchmark(tuple(judged.items()), comparisons))
     return tuple(tables)
+
+
+def _log_ties(benchmark: StoredBenchmark, scored: Mapping[VariantName, ScoredTexts]) -> None:
+    """Outside of the cached steps, so that it is said whether or not anything had to be scored."""
+    for name, texts in scored.items():
+        tie_rate, smallest_gap = ties(current_store().read_table(texts.scores, SCORES))
+        run_logger().info("%s, %s: %s", benchmark.name, name, ties_line(tie_rate, smallest_gap))
 
 
 @step(version=1)

@@ -25,6 +25,7 @@ from tasks.caching import step, use_store
 from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
 from tasks.scoring_launch import run_scoring
+from tasks.scoring_lines import log_scoring, pass_warnings_on
 from tasks.scoring_settings import ScoringProcesses, ScoringSettings, scoring_settings, use_scoring
 from tasks.scratch import scratch_folder
 from tasks.shards import run_shards
@@ -231,15 +232,16 @@ def _score(store: ArtifactStore, model: RewardModelRef, shard: ShardToScore) -> 
         store.read_table(shard.prompts, PROMPTS).write_parquet(job.prompts_path)
         store.read_table(shard.responses, RESPONSES).write_parquet(job.responses_path)
         with report_progress("scoring", "texts") as progress:
-            summary = run_scoring(job, progress)
+            summary = run_scoring(job, progress, pass_warnings_on())
+        log_scoring(summary)
         return Scored(scores=store.write_table(pl.read_parquet(job.scores_path), SCORES), summary=summary)
 
 
 def _joined(store: ArtifactStore, shards: Sequence[Scored]) -> Scored:
     scores = pl.concat([store.read_table(shard.scores, SCORES) for shard in shards])
-    return Scored(
-        scores=store.write_table(scores, SCORES), summary=merge_summaries([shard.summary for shard in shards], scores)
-    )
+    summary = merge_summaries([shard.summary for shard in shards], scores)
+    log_scoring(summary)
+    return Scored(scores=store.write_table(scores, SCORES), summary=summary)
 
 
 @step(version=1)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from charm_core.errors import ArtifactError
-from charm_core.reward_model.jobs import ScoringJob
-from charm_core.reward_model.scoring_shares import conversation_digest
+from charm_core.reward_model.jobs import ScoringJob, ScoringSummary
+from charm_core.reward_model.scoring_shares import conversation_digest, merge_summaries
 from charm_core.tables import PROMPTS, RESPONSES, SCORES, TableSchema, validate
 from tasks.caching import step
 from tasks.progress import Progress
@@ -26,8 +27,10 @@ from tasks.prompts import ResponseSet
 from tasks.publishing import report_progress
 from tasks.scoring import RewardModelRef
 from tasks.scoring_launch import run_scoring
+from tasks.scoring_lines import log_scoring, pass_warnings_on
 from tasks.scratch import scratch_folder
 from tasks.store import ArtifactRef, ArtifactStore
+from tasks.worker_processes import OnLine
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,15 @@ class ScoredTexts(BaseModel):
     texts: int
     prompts_cut: int
     responses_cut: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What one process scored."""
+
+    scores: pl.DataFrame
+    """TEXT_SCORES."""
+    summary: ScoringSummary
 
 
 @step(version=1)
@@ -107,24 +119,28 @@ def text_digest(messages: Sequence[dict[str, str]], response: str) -> str:
 
 
 def _score_missing(store: ArtifactStore, model: RewardModelRef, missing: pl.DataFrame) -> pl.DataFrame:
-    parts = [pl.DataFrame(schema=dict(TEXT_SCORES.columns))]
     if missing.is_empty():
-        return parts[0]
+        return pl.DataFrame(schema=dict(TEXT_SCORES.columns))
+    parts: list[_Part] = []
+    log = pass_warnings_on()
     with report_progress("scoring texts", "texts") as progress:
         for start in range(0, missing.height, TEXTS_PER_PROCESS):
             so_far = partial(_report, progress, start, missing.height)
-            part = _score(store, model, missing[start : start + TEXTS_PER_PROCESS], so_far)
-            _keep(store, model, part)
+            part = _score(store, model, missing[start : start + TEXTS_PER_PROCESS], so_far, log)
+            _keep(store, model, part.scores)
             parts.append(part)
-    return pl.concat(parts)
+    scored = pl.concat([part.scores for part in parts])
+    by_prompt = missing.select("text", prompt_id="conversation").join(scored, on="text")
+    log_scoring(merge_summaries([part.summary for part in parts], by_prompt))
+    return scored
 
 
 def _report(progress: Progress, before: int, total: int, done: int, _of: int) -> None:
     progress(before + done, total)
 
 
-def _score(store: ArtifactStore, model: RewardModelRef, texts: pl.DataFrame, progress: Progress) -> pl.DataFrame:
-    """TEXT_SCORES of some texts, from one process."""
+def _score(store: ArtifactStore, model: RewardModelRef, texts: pl.DataFrame, progress: Progress, log: OnLine) -> _Part:
+    """Score some texts in one process."""
     with scratch_folder("scoring") as folder, model.local_spec(store) as spec:
         cuts = Path(folder, "cuts.parquet")
         job = ScoringJob(
@@ -140,10 +156,10 @@ def _score(store: ArtifactStore, model: RewardModelRef, texts: pl.DataFrame, pro
         )
         named.select(list(PROMPTS.columns)).unique("prompt_id").write_parquet(job.prompts_path)
         named.select(list(RESPONSES.columns)).write_parquet(job.responses_path)
-        run_scoring(job, progress)
+        summary = run_scoring(job, progress, log)
         found = pl.read_parquet(job.scores_path).join(pl.read_parquet(cuts), on=_CELL)
     scored = found.select(pl.col("policy_model").alias("text"), "score", "prompt_cut", "response_cut")
-    return validate(scored, TEXT_SCORES)
+    return _Part(scores=validate(scored, TEXT_SCORES), summary=summary)
 
 
 def _scored_set(store: ArtifactStore, cells: pl.DataFrame, scores: pl.DataFrame) -> ScoredTexts:

@@ -11,13 +11,14 @@ master weights    none: the weights are                  4 T / N      4 T / N   
 Adam's moments    8 T                                    8 T / N      8 T / N          8 T / N
 gathered          none                                   none         none             4 min(P, 10⁹), its weights at work
 lower copies      bfloat16: 2 bytes per weight of a linear layer, kept from the forward to the backward pass, on every rank
-activations       tokens · layers · (11 width + 4 or 2 inner width) · 4 bytes; in bfloat16 tokens · layers · (30 width + 8 or 4 inner width)
+activations       tokens · layers · (11 width + 4 or 2 inner width) · 4 bytes; in bfloat16 tokens · layers · (36 width + 8 or 4 inner width)
 ================= ====================================== ============ ================ ==============================
 
-A layer keeps for its backward pass: both norms' input, scaled and output (6 widths; in bfloat16 the first two stay float32), queries,
-keys and values as attention reads them, its output and what is projected (5 widths), and of the feed-forward part the inner layer before
-and after its activation, with a gate also the gate's product and its other factor (4 inner widths, without a gate 2). With gradient
-checkpointing only one layer does, and the others keep their input: 4 bytes · width · tokens. Frozen layers below the trained ones keep
+A layer keeps for its backward pass: both norms' input, scaled and output (6 widths), queries, keys and values as attention reads them, its
+output and what is projected (5 widths), and of the feed-forward part the inner layer before and after its activation, with a gate also the
+gate's product and its other factor (4 inner widths, without a gate 2). In bfloat16 the norms stay float32 and what they give is kept in
+both; 36 bytes a width is what PyTorch was seen to save for layers of Llama on a CPU (two shapes; 32.8 kB a token at width 512). With
+gradient checkpointing only one layer does, and the others keep their input: 4 bytes · width · tokens. Frozen layers below the trained ones keep
 nothing; with LoRA all layers work as if they were trained.
 
 A bucket is twice 50 million parameters at most: gradients that wait to be added up over the ranks, and where they are. Off-loading takes
@@ -197,7 +198,7 @@ def _lower_copies(shape: ModelShape, plan: MemoryPlan) -> int:
 
 def _activations(shape: ModelShape, plan: MemoryPlan) -> int:
     inner = (4 if shape.gated else 2) * shape.inner_width
-    layer = 30 * shape.width + 2 * inner if plan.bfloat16 else 4 * (11 * shape.width + inner)
+    layer = 36 * shape.width + 2 * inner if plan.bfloat16 else 4 * (11 * shape.width + inner)
     layers = _working_layers(shape, plan)
     if plan.gradient_checkpointing:
         return plan.micro_batch_tokens * (4 * shape.width * layers + (layer if layers else 0))

@@ -132,6 +132,11 @@ def test_a_second_run_is_cached_in_every_step_and_has_its_metrics_all_the_same(f
     assert parent.info.status == original.info.status == "FINISHED"
     assert parent.data.metrics == original.data.metrics
     assert len(parent.data.metrics) > 30
+    untouched = ReportData.model_validate_json(Path(again.data.uri).read_bytes()).main.variants[0].mismatch
+    found = {
+        name: parent.data.metrics[f"untouched_held-out prompts_{name}"] for name in ("tie rate", "smallest score gap")
+    }
+    assert found == {"tie rate": untouched.tie_rate, "smallest score gap": untouched.smallest_score_gap}
     nested = {run.info.run_name: run for run in runs if "mlflow.parentRunId" in run.data.tags}
     assert {"calibrated", "control"} <= set(nested)
     assert nested["calibrated"].data.metrics["loss"] == pytest.approx(

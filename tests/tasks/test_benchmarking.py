@@ -20,6 +20,7 @@ from charm_core.benchmarks.comparison import compare_outcomes
 from charm_core.benchmarks.results import benchmark_result
 from charm_core.errors import ConfigError, TableError
 from charm_core.probability_calibration import fit_score_temperature, pair_probabilities, probability_calibration
+from charm_core.reward_model.scoring_shares import ties
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.tables import RESPONSES, SCORES
 from flows.settings import CHECKOUT
@@ -38,6 +39,7 @@ from tasks.caching import use_store
 from tasks.evidence import BenchmarkRows
 from tasks.pages.report_data import VariantName
 from tasks.scoring import identify_reward_model
+from tasks.scoring_lines import ties_line
 from tasks.store import ArtifactStore
 from tasks.text_scores import ScoredTexts
 from tests.charm_core.benchmarks.made_up import best_of_four, pair, ties_question
@@ -242,6 +244,21 @@ def test_the_table_holds_what_the_pure_functions_say(store: ArtifactStore, tmp_p
         assert reliability.score_temperature == fit_score_temperature(margins["margin"])
         expected = probability_calibration(pair_probabilities(margins["margin"]), units=margins["unit"], replicates=50)
         assert reliability.as_scored == expected
+
+
+@pytest.mark.usefixtures("prefect_session")
+def test_ties_and_the_smallest_gap_are_logged_whether_or_not_the_scores_are_new(
+    store: ArtifactStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    benchmark = read(store, "rewardbench", source=write(tmp_path / "rows.jsonl", MANY["rewardbench"]))
+    scored = scored_as_written(store, benchmark, 0.5)
+    tie_rate, gap = ties(store.read_table(scored.scores, SCORES))
+    assert gap is not None
+    line = f"rewardbench, untouched: {ties_line(tie_rate, gap)}"
+    for _ in range(2):  # the second time all steps are cached
+        caplog.clear()
+        judged(store, [benchmark], {"untouched": (scored,)})
+        assert caplog.messages.count(line) == 1
 
 
 @pytest.mark.usefixtures("prefect_session")

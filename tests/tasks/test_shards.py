@@ -18,6 +18,7 @@ from tasks.caching import use_store
 from tasks.scoring import RewardModelRef, Scored, score_responses, score_responses_shard
 from tasks.scoring_settings import RayCluster, ScoringProcesses, ScoringSettings, use_scoring
 from tasks.store import ArtifactStore
+from tasks.worker_processes import OnLine
 from tests.charm_core.reward_model import tiny
 from tests.tasks.tiny_scoring import response_set, reward_model, scoring_here
 
@@ -99,10 +100,10 @@ def test_finished_shards_are_not_done_again(
 ):
     works = scoring.run_scoring
 
-    def fails_third(job: ScoringJob, progress: Callable[[int, int], None]) -> ScoringSummary:
+    def fails_third(job: ScoringJob, progress: Callable[[int, int], None], log: OnLine) -> ScoringSummary:
         if len(processes) == 2:
             raise ModelError("out of luck")
-        return works(job, progress)
+        return works(job, progress, log)
 
     monkeypatch.setattr(scoring, "run_scoring", fails_third)
     with pytest.raises(ModelError, match="out of luck"):
@@ -119,7 +120,7 @@ def test_a_shard_that_is_lost_is_tried_three_times_and_not_nine(
 ):
     tries = []
 
-    def killed(job: ScoringJob, _progress: Callable[[int, int], None]) -> ScoringSummary:
+    def killed(job: ScoringJob, _progress: Callable[[int, int], None], _log: OnLine) -> ScoringSummary:
         tries.append(job)
         raise WorkerLostError("ended by signal 9")
 

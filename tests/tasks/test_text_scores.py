@@ -1,5 +1,6 @@
 """Every text is scored once, whatever it comes up in; what is damaged is scored again, and nothing stale is served."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from tasks.prompts import ResponseSet
 from tasks.scoring import RewardModelRef, identify_reward_model
 from tasks.store import ArtifactRef, ArtifactStore
 from tasks.text_scores import ScoredTexts, score_texts, text_digest
+from tasks.worker_processes import OnLine
 from tests.charm_core.reward_model import tiny
-from tests.tasks.tiny_scoring import reward_model, scoring_here
+from tests.tasks.tiny_scoring import WARNED, reward_model, scoring_here
 
 
 @pytest.fixture
@@ -193,10 +195,10 @@ def test_an_interrupted_pass_keeps_what_it_had(
     monkeypatch.setattr(text_scores, "TEXTS_PER_PROCESS", 2)
     broken = text_scores.run_scoring
 
-    def fails_second(job: ScoringJob, progress: Callable[[int, int], None]) -> ScoringSummary:
+    def fails_second(job: ScoringJob, progress: Callable[[int, int], None], log: OnLine) -> ScoringSummary:
         if passes:
             raise ModelError("out of memory")
-        return broken(job, progress)
+        return broken(job, progress, log)
 
     monkeypatch.setattr(text_scores, "run_scoring", fails_second)
     with pytest.raises(ModelError, match="out of memory"):
@@ -204,6 +206,26 @@ def test_an_interrupted_pass_keeps_what_it_had(
     monkeypatch.setattr(text_scores, "run_scoring", broken)
     scored(store, model, text_set(store, *FIRST))
     assert passes == [2, 1]
+
+
+def test_one_line_says_what_all_processes_met(
+    store: ArtifactStore,
+    model: RewardModelRef,
+    monkeypatch: pytest.MonkeyPatch,
+    passes: list[int],
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr(text_scores, "TEXTS_PER_PROCESS", 2)  # so that one prompt's responses are in two processes
+    with caplog.at_level(logging.INFO, "charm"):
+        scored(store, model, text_set(store, *FIRST), text_set(store, *SECOND))
+        scored(store, model, text_set(store, *FIRST))
+    assert passes == [2, 2]
+    said = [record.getMessage() for record in caplog.records if record.name == "charm"]
+    warned, met = said
+    assert warned == WARNED.removeprefix("WARNING ")
+    assert met.startswith("scored 4 texts, 4 of them different, of ")
+    assert "packed, in a batch a score moves by" in met
+    assert "tie rate 0.00%, smallest gap " in met
 
 
 def test_texts_are_told_apart_to_the_last_character():

@@ -12,9 +12,13 @@ from charm_core.tables import PROMPTS, RESPONSES
 from tasks.prompts import ResponseSet
 from tasks.scoring import RewardModelRef, identify_reward_model
 from tasks.store import ArtifactStore
+from tasks.worker_processes import OnLine
 from tests.charm_core.reward_model import tiny
 
-RunScoring = Callable[[ScoringJob, Callable[[int, int], None]], ScoringSummary]
+RunScoring = Callable[[ScoringJob, Callable[[int, int], None], OnLine], ScoringSummary]
+
+WARNED = "WARNING charm_core.reward_model.text_scoring: out of memory with 900 tokens at once; going on with 450"
+"""A line that every process of ``scoring_here`` prints."""
 
 
 def reward_model(folder: Path) -> RewardModelRef:
@@ -39,8 +43,9 @@ def scoring_here(counts: list[int]) -> RunScoring:
         counts: Texts of every call are added to it.
     """
 
-    def run_scoring(job: ScoringJob, _progress: Callable[[int, int], None]) -> ScoringSummary:
+    def run_scoring(job: ScoringJob, _progress: Callable[[int, int], None], log: OnLine) -> ScoringSummary:
         counts.append(pl.read_parquet(job.responses_path).height)
+        log(WARNED)
         worker._score(job)
         return ScoringSummary.model_validate_json(job.scores_path.with_suffix(".json").read_text())
 

@@ -1,7 +1,8 @@
 """The rule about memory: whether the fine-tuning fits where it is to run, and where it would."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from charm_core.reward_model.findings import Finding
 from charm_core.reward_model.heads.catalogue import KINDS
@@ -26,6 +27,7 @@ def training_fits(facts: Facts) -> Iterator[Finding]:
         return
     shape = model_shape(facts.files.backbone.tensors, facts.config)
     if shape is None:
+        yield finding("memory", "info", f"the memory of a fine-tuning cannot be estimated: {_unknown(facts.config)}")
         return
     plan = plan_of(training, machine)
     estimate = estimate_memory(shape, plan)
@@ -36,6 +38,14 @@ def training_fits(facts: Facts) -> Iterator[Finding]:
         yield finding("memory", "warning", f"{needs}: that may not fit. {advice(shape, plan, machine)}")
     else:
         yield finding("memory", "info", f"{needs}: that fits")
+
+
+def _unknown(config: Mapping[str, Any]) -> str:
+    """Why ``model_shape`` finds no shape."""
+    absent = [name for name in ("hidden_size", "intermediate_size") if config.get(name) is None]
+    if absent:
+        return f"config.json has no {' and no '.join(absent)}"
+    return "the names of its tensors do not tell which layer they are of"
 
 
 def plan_of(training: TrainingConfig, machine: Machine) -> MemoryPlan:
