@@ -18,8 +18,8 @@ A layer keeps for its backward pass: both norms' input, scaled and output (6 wid
 output and what is projected (5 widths), and of the feed-forward part the inner layer before and after its activation, with a gate also the
 gate's product and its other factor (4 inner widths, without a gate 2). In bfloat16 the norms stay float32 and what they give is kept in
 both; 36 bytes a width is what PyTorch was seen to save for layers of Llama on a CPU (two shapes; 32.8 kB a token at width 512). With
-gradient checkpointing only one layer does, and the others keep their input: 4 bytes · width · tokens. Frozen layers below the trained ones keep
-nothing; with LoRA all layers work as if they were trained.
+gradient checkpointing only one layer does, and the others keep their input: 4 bytes · width · tokens. Frozen layers below the trained ones
+keep nothing; with LoRA all layers work as if they were trained.
 
 A bucket is twice 50 million parameters at most: gradients that wait to be added up over the ranks, and where they are. Off-loading takes
 master weights and moments (ZeRO-2, 3), gradients with them, and the resting weights (ZeRO-3) from the GPU. Before training every rank
