@@ -124,12 +124,12 @@ def test_settings_that_came_later_are_left_out_of_identities_where_they_have_the
         "chat_template": "{{ x }}",
         "dpo_beta": 0.2,
         "batching": "padded",
-        "compile": True,
         "strict": True,
     }
     settings = RewardModelSpec(path="rm", **given).settings(exclude={"path"})
     assert given.items() <= settings.items()
     assert "path" not in settings
+    assert RewardModelSpec(path="rm", compile=True).settings()["compile"]
 
 
 def test_a_template_may_be_a_file_or_the_text(folders, tmp_path):
