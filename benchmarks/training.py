@@ -30,21 +30,19 @@ import argparse
 import os
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Self
+from typing import Literal
 
 import polars as pl
-import psutil
 import torch
 
+from benchmarks.process_usage import PeakMemory, cpu_seconds
 from benchmarks.training_inputs import (
     RESPONSES,
     Step,
@@ -66,7 +64,6 @@ from tasks.training_launch import run_training
 from tasks.worker_processes import rank_count, run_worker, worker_environment
 
 SAME_LOSS = 1e-4
-SAMPLE_SECONDS = 0.05
 BFLOAT16_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense, as their maker says."""
 OUT_OF_MEMORY = re.compile(
@@ -109,53 +106,6 @@ class Timed:
         return self.course.cpu[-1] - self.course.cpu[0]
 
 
-class PeakMemory:
-    """The most memory that the processes below this one hold together while it is open, or, where there are GPUs, on the first ones."""
-
-    def __init__(self, gpus: int) -> None:
-        self.most = 0
-        self._gpus = gpus
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._before = _gpu_bytes(self._gpus)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._closed.wait(SAMPLE_SECONDS):
-            now = _gpu_bytes(self._gpus) - self._before if torch.cuda.is_available() else _resident_bytes()
-            self.most = max(self.most, now)
-
-
-def _gpu_bytes(gpus: int) -> int:
-    if not torch.cuda.is_available():
-        return 0
-    each: list[tuple[int, int]] = [torch.cuda.mem_get_info(number) for number in range(gpus)]
-    return sum(total - free for free, total in each)
-
-
-def _resident_bytes() -> int:
-    return sum(_of_children(lambda process: process.memory_info().rss))
-
-
-def _cpu_seconds() -> float:
-    times = _of_children(psutil.Process.cpu_times)
-    return sum(each.user + each.system for each in times)
-
-
-def _of_children(ask: Callable[[psutil.Process], Any]) -> Iterator[Any]:
-    """What the processes below this one answer, those that end meanwhile left out."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            yield ask(process)
-
-
 def ours(model: RewardModelSpec, pairs: Path, config: TrainingConfig) -> Course:
     """Train as the pipeline does."""
     course = Course(losses=[], ends=[], cpu=[])
@@ -164,7 +114,7 @@ def ours(model: RewardModelSpec, pairs: Path, config: TrainingConfig) -> Course:
     def note(record: CurveRecord) -> None:
         course.losses.append(record["loss"])
         course.ends.append(time.perf_counter())
-        course.cpu.append(_cpu_seconds())
+        course.cpu.append(cpu_seconds())
 
     with TemporaryDirectory() as folder:
         work, output = Path(folder, "work"), Path(folder, "model")
