@@ -17,8 +17,7 @@ from charm_core.reward_model.network import pack
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.text_scoring import choose_batching, groups_of, inputs_of, run_texts
 from tests.charm_core.reward_model import kinds
-from tests.charm_core.reward_model.test_text_scoring import some_texts
-from tests.charm_core.reward_model.tiny import config_of, save_model
+from tests.charm_core.reward_model.tiny import config_of, save_model, some_texts
 
 LAYERS = config_of("qwen3").num_hidden_layers
 WITHOUT_SOFTCAP = ("qwen3", "llama", "mistral", "gemma3", "bert")

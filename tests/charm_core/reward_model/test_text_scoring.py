@@ -16,7 +16,6 @@ from charm_core.reward_model import text_scoring
 from charm_core.reward_model.attention import READS_ONLY
 from charm_core.reward_model.loading import load_reward_model
 from charm_core.reward_model.network import pack, transformer_layers
-from charm_core.reward_model.rendering import render
 from charm_core.reward_model.spec import RewardModelSpec
 from charm_core.reward_model.text_scoring import (
     budget_in,
@@ -27,7 +26,7 @@ from charm_core.reward_model.text_scoring import (
     score_texts,
 )
 from tests.charm_core.reward_model import kinds
-from tests.charm_core.reward_model.tiny import ARCHITECTURES, DECODERS, messages, save_model, sentence
+from tests.charm_core.reward_model.tiny import ARCHITECTURES, DECODERS, save_model, some_texts
 
 TOLERANCE = 1e-5
 PACKABLE = (*DECODERS, "bert")
@@ -51,19 +50,6 @@ def pairs(folders):
         texts, owners = some_texts(plain, 0)
         made[name] = plain, choose_batching(other, texts, owners)[0]
     return made
-
-
-def some_texts(model, seed, prompts=4, responses=5):
-    """Responses to a few prompts: long, empty and equal ones among them."""
-    rng = np.random.default_rng(seed)
-    texts, owners = [], []
-    for owner in range(prompts):
-        prompt = messages(sentence(rng, 1, 30))
-        answers = ["", *(sentence(rng, 1, 40) for _ in range(responses - 1))]
-        answers[-1] = answers[-2] if seed % 2 else answers[-1]
-        texts.extend(render(model.tokenizer, prompt, answer, model.spec) for answer in answers)
-        owners.extend([owner] * responses)
-    return texts, owners
 
 
 @pytest.mark.parametrize("name", [*PACKABLE, "value_head", "gated"])

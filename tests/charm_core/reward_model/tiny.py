@@ -20,6 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from charm_core.reward_model.rendering import Rendered, render
+
 WORDS = tuple(f"w{number}" for number in range(40))
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<bos>", "<eos>", "<user>", "<assistant>", "<system>")
 CHAT_TEMPLATE = (
@@ -122,6 +124,19 @@ def sentence(rng: np.random.Generator, low: int = 1, high: int = 12) -> str:
 def messages(*contents: str) -> list[dict[str, str]]:
     roles = ("user", "assistant")
     return [{"role": roles[number % 2], "content": content} for number, content in enumerate(contents)]
+
+
+def some_texts(model: Any, seed: int, prompts: int = 4, responses: int = 5) -> tuple[list[Rendered], list[int]]:
+    """Responses to a few prompts: long, empty and equal ones among them."""
+    rng = np.random.default_rng(seed)
+    texts, owners = [], []
+    for owner in range(prompts):
+        prompt = messages(sentence(rng, 1, 30))
+        answers = ["", *(sentence(rng, 1, 40) for _ in range(responses - 1))]
+        answers[-1] = answers[-2] if seed % 2 else answers[-1]
+        texts.extend(render(model.tokenizer, prompt, answer, model.spec) for answer in answers)
+        owners.extend([owner] * responses)
+    return texts, owners
 
 
 def prompts_and_responses(
