@@ -1,4 +1,4 @@
-"""What there is to compute on."""
+"""What there is to compute on, and how numbers get there and back without making it wait."""
 
 import torch
 from torch import Tensor

@@ -264,7 +264,11 @@ class TrainingConfig(BaseModel):
         description="Where ZeRO-2 keeps the optimiser's state, and ZeRO-3 also the weights: on the GPU, in main memory, or on a fast "
         "disk (zero_stage 3, nvme_path).",
     )
-    nvme_path: str | None = Field(default=None, description="Folder on the fast disk; needed by offload 'nvme'.")
+    nvme_path: str | None = Field(
+        default=None,
+        description="Folder on the fast disk; needed by offload 'nvme'. Each training makes a folder of its own in it, and "
+        "removes it when it is done.",
+    )
     ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="Processes; auto: one per GPU, or 2 on a CPU with at least two cores. Plain training uses 1.",

@@ -132,6 +132,7 @@ def _try_packing(
     drift, refusal = _tried(model, some, whose, alone)
     bound = max(1.0, *map(abs, alone)) * TOLERANCE.get(transformer.dtype, LOW_PRECISION_TOLERANCE)
     if drift > bound:
+        # rounding alone, if texts move as much with other texts in a padded batch
         transformer.set_attn_implementation(before)
         bound = max(bound, PADDED_DRIFT * _padded_check(model, some, alone, refusal).drift)
         let_pack(model.network)
